@@ -1,0 +1,78 @@
+"""autobatch: the largest micro-batch that fits, and a training plan that hits the target batch exactly.
+
+The public names are imported when they are first used, so that `import autobatch` costs nothing and does not import
+torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autobatch.errors import (
+        AutobatchError,
+        DevicePoisoned,
+        DeviceUnavailable,
+        InputsNotInferred,
+        InvalidInput,
+        NothingFits,
+        PlanFileError,
+        TrialCrashed,
+        WorkloadNotPortable,
+    )
+    from autobatch.fitting import fit
+    from autobatch.plan import DeviceInfo, TrainingPlan, Trial, Verdict
+    from autobatch.workload.workload import Workload
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "fit": "autobatch.fitting",
+    "Workload": "autobatch.workload.workload",
+    **dict.fromkeys(["DeviceInfo", "TrainingPlan", "Trial", "Verdict"], "autobatch.plan"),
+    **dict.fromkeys(
+        [
+            "AutobatchError",
+            "DevicePoisoned",
+            "DeviceUnavailable",
+            "InputsNotInferred",
+            "InvalidInput",
+            "NothingFits",
+            "PlanFileError",
+            "TrialCrashed",
+            "WorkloadNotPortable",
+        ],
+        "autobatch.errors",
+    ),
+}
+
+__all__ = [
+    "AutobatchError",
+    "DeviceInfo",
+    "DevicePoisoned",
+    "DeviceUnavailable",
+    "InputsNotInferred",
+    "InvalidInput",
+    "NothingFits",
+    "PlanFileError",
+    "TrainingPlan",
+    "Trial",
+    "TrialCrashed",
+    "Verdict",
+    "Workload",
+    "WorkloadNotPortable",
+    "fit",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,290 @@
+"""The command line: parses, calls, prints.
+
+Heavy modules are imported by the commands that use them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from autobatch.errors import AutobatchError, InvalidInput, NothingFits, PlanFileError
+
+if TYPE_CHECKING:
+    from autobatch.plan import TrainingPlan
+    from autobatch.profile import DeviceProfile
+    from autobatch.report.live import LiveProgress
+
+Precision = Literal["fp32", "bf16", "fp16"]  # as in workload.step, which would bring torch along
+
+USER_CODE_FAILED = 3
+INTERRUPTED = 130
+
+CPU_REFERENCE_TARGET, CPU_REFERENCE_LIMIT = 64, "1GiB"
+GPU_REFERENCE_TARGET = 4096
+"""Without a SPEC: all of a GPU's memory is quickly filled, but a CPU would take minutes for all of its own."""
+
+app = typer.Typer(
+    name="autobatch",
+    help="Find the largest micro-batch that fits in memory, and plan how to hit the target batch with it.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from autobatch import __version__
+
+        print(f"autobatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def probe(
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to train: path/to/file.py:factory, package.module:factory (it returns a model or a Workload), "
+            "hf:gpt2, timm:resnet50 or torchvision:resnet50. Without it, this device is characterised on small "
+            "reference models."
+        ),
+    ] = None,
+    target: Annotated[
+        int | None, typer.Option(help="Samples per optimizer step, over all ranks. Needed with SPEC.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the first GPU, else the CPU.")
+    ] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Behave as if the device had this much, such as 8GiB.")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Autocast to it. Default: fp32, or the Workload's own.")
+    ] = None,
+    headroom: Annotated[float, typer.Option(help="The share of the memory to leave free.")] = 0.05,
+    world_size: Annotated[int | None, typer.Option(help="Ranks that share the target. Default: 1.")] = None,
+    max_micro_batch: Annotated[int | None, typer.Option(help="Never try more samples than this.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Prove that one more sample does not fit.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Save the result as JSON.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Make a training plan by running real training steps.
+
+    Exit codes: 0 a plan; 1 nothing fits; 2 bad usage; 3 the model's own code failed; 130 interrupted.
+    """
+    with _explained(debug):
+        from autobatch.units import parse_bytes
+
+        limit = parse_bytes(memory_limit) if memory_limit is not None else None
+        if output is not None:
+            _check_output(output)
+        if spec is None and world_size is not None:
+            raise InvalidInput("--world-size has no meaning without a SPEC: reference models run on one rank.")
+        if spec is not None and target is None:
+            raise InvalidInput(f"say how many samples one optimizer step takes: autobatch probe {spec} --target 256")
+        from rich.console import Console
+
+        from autobatch.report.live import LiveProgress
+
+        shared: dict[str, Any] = {
+            "device": device,
+            "headroom": headroom,
+            "max_micro_batch": max_micro_batch,
+            "exact": exact,
+        }
+        with LiveProgress(Console(stderr=True), quiet) as live:
+            if spec is None:
+                result: TrainingPlan | DeviceProfile = _characterise(target, limit, precision, live, shared)
+            else:
+                result = _plan(spec, target, limit, precision, live, {**shared, "world_size": world_size})
+        _hand_over(result, output, as_json, quiet)
+
+
+@app.command()
+def devices(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """List the devices that trials can run on, and their memory."""
+    with _explained(debug):
+        from autobatch.devices import list_devices
+
+        found = list_devices()
+        if as_json:
+            print(json.dumps([info.model_dump(mode="json") for info in found], indent=2))
+            return
+        from rich.console import Console
+
+        from autobatch.report.tables import devices_table
+
+        Console().print(devices_table(found))
+
+
+def _plan(
+    spec: str,
+    target: int | None,
+    limit: int | None,
+    precision: Precision | None,
+    live: LiveProgress,
+    options: dict[str, Any],
+) -> TrainingPlan:
+    from dataclasses import replace
+
+    from autobatch import Workload, fit
+    from autobatch.devices import get_device
+    from autobatch.workload import specs
+
+    # A model is built in CPU memory whatever it then trains on, so its weights have to fit in both.
+    room = min(get_device(options["device"], limit).limit_bytes, get_device("cpu", None).limit_bytes)
+    subject = specs.load(spec, room)
+    if precision is not None:
+        workload = subject if isinstance(subject, Workload) else Workload(subject)
+        subject = replace(workload, precision=precision)
+    return fit(subject, target, memory_limit=limit, progress=live, **options)  # type: ignore[arg-type]
+
+
+def _characterise(
+    target: int | None,
+    limit: int | None,
+    precision: Precision | None,
+    live: LiveProgress,
+    options: dict[str, Any],
+) -> DeviceProfile:
+    from autobatch.devices import get_device
+    from autobatch.profile import profile_device
+    from autobatch.units import parse_bytes
+
+    is_cpu = get_device(options["device"], limit).info.type == "cpu"
+    if target is None:
+        target = CPU_REFERENCE_TARGET if is_cpu else GPU_REFERENCE_TARGET
+    if limit is None and is_cpu:
+        limit = parse_bytes(CPU_REFERENCE_LIMIT)
+        live.say(f"Trying within {CPU_REFERENCE_LIMIT}, so that it is quick; choose another with --memory-limit.")
+    return profile_device(
+        target,
+        memory_limit=limit,
+        precision=precision or "fp32",
+        progress=live,
+        on_reference=lambda reference: live.say(f"\n{reference.name}: {reference.description}"),
+        **options,
+    )
+
+
+def _hand_over(result: TrainingPlan | DeviceProfile, output: Path | None, as_json: bool, quiet: bool) -> None:
+    """Print first, then save: a disk that is full by now loses nothing."""
+    from rich.console import Console
+
+    from autobatch.plan import TrainingPlan
+
+    text = result.model_dump_json(indent=2)
+    fits = True
+    if isinstance(result, TrainingPlan):
+        view: Any = result
+    else:
+        from autobatch.report.tables import profile_view
+
+        view = profile_view(result)
+        fits = any(reference.plan for reference in result.results)
+        output = output or Path(f"autobatch-profile-{_file_name(result.device.name)}.json")
+    if as_json:
+        print(text)
+    else:
+        Console().print(view)
+    if output is not None:
+        try:
+            if isinstance(result, TrainingPlan):
+                result.save(output)
+            else:
+                output.write_text(text + "\n", encoding="utf-8")
+        except (PlanFileError, OSError) as error:
+            if not as_json:
+                print(text)
+            raise InvalidInput(f"{error} The result is printed above as JSON.") from error
+        if not quiet:
+            print(f"Saved to {output}", file=sys.stderr)
+    if not fits:
+        raise typer.Exit(NothingFits.exit_code)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _check_output(path: Path) -> None:
+    """Find out before the long work, as far as that can be known, whether the result can be saved."""
+    if path.exists() and not path.is_file():
+        raise InvalidInput(f"--output {path} is not a file. Name a file to write.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InvalidInput(f"--output {path}: there is no folder {folder}. Create it first: mkdir -p {folder}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidInput(
+            f"--output {path} cannot be written: {error.strerror or error}. Choose another folder."
+        ) from error
+
+
+@contextmanager
+def _explained(debug: bool) -> Iterator[None]:
+    """End the program with one line and an exit code for whatever goes wrong; with `debug`, a traceback above it."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was saved.", INTERRUPTED, debug)
+    except AutobatchError as error:
+        _fail(str(error), error.exit_code, debug)
+    except Exception as error:  # noqa: BLE001  # the user's own code may raise anything, and this is where it is told
+        hint = "" if debug else " Run with --debug for the traceback."
+        _fail(f"{_in_one_line(error)}.{hint}", USER_CODE_FAILED, debug)
+
+
+def _fail(message: str, exit_code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"autobatch: {message}", file=sys.stderr)
+    raise typer.Exit(exit_code)
+
+
+def _in_one_line(error: BaseException) -> str:
+    """The exception, and the last place in the user's code that it came through.
+
+    An exception from another process brings that process's traceback along as a note.
+    """
+    text = "".join([*traceback.format_exception(error), *getattr(error, "__notes__", ())])
+    places = re.findall(r'File "([^"<]+)", line (\d+), in (\S+)', text)
+    libraries = (str(Path(__file__).parent), "site-packages", str(Path(traceback.__file__).parent))
+    own = [place for place in places if not any(library in place[0] for library in libraries)]
+    told = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    if not own:
+        return f"failed outside of your own files: {told}"
+    return "the model's own code failed: {} ({} line {}, in {})".format(told, *own[-1])

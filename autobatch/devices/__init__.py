@@ -1,0 +1,58 @@
+"""Devices: where a training step runs, and how much memory it may take there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autobatch.errors import DeviceUnavailable, InvalidInput
+
+if TYPE_CHECKING:
+    from autobatch.devices.base import Device
+    from autobatch.plan import DeviceInfo
+
+
+def get_device(name: object = None, memory_limit: int | None = None) -> Device:
+    """The device of that name.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1", or a `torch.device`; None for the first CUDA device, else the CPU.
+        memory_limit: bytes that the training process may take there in all; None for what the device can give.
+
+    Raises:
+        InvalidInput: no device has such a name.
+        DeviceUnavailable: the device is not there.
+    """
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(str(name))
+    except RuntimeError as error:
+        raise InvalidInput(f'device must be "cpu", "cuda" or "cuda:<index>", but is {name!r}.') from error
+    if device.type == "cpu":
+        from autobatch.devices.cpu import CpuDevice
+
+        return CpuDevice(memory_limit)
+    if device.type != "cuda":
+        raise InvalidInput(f'autobatch probes "cpu" and "cuda" devices, not {device.type!r}.')
+    if not torch.cuda.is_available():
+        built = (
+            f"torch {torch.__version__} sees no CUDA device"
+            if torch.version.cuda
+            else f"torch {torch.__version__} is a CPU build"
+        )
+        raise DeviceUnavailable(
+            f'device="{device}" is not available: {built}. See `autobatch devices`, or use device="cpu".'
+        )
+    from autobatch.devices.cuda import CudaDevice
+
+    return CudaDevice(device.index or 0, memory_limit)
+
+
+def list_devices() -> list[DeviceInfo]:
+    """Every device that `fit` can probe here."""
+    import torch
+
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [get_device(name).info for name in [*names, "cpu"]]

@@ -1,0 +1,54 @@
+"""What every device can do: run whole training steps of one micro-batch size and say how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from autobatch.plan import DeviceInfo, Trial
+
+if TYPE_CHECKING:
+    from autobatch.workload.step import TrainingStep
+
+RunTrial = Callable[[tuple[int, ...]], Trial]
+"""`run(sizes)`: a warm-up step, then one measured optimizer step of these micro-batches: `(n, n)`, so that the second
+forward pass happens with gradients held, or `(n,)` where the whole target is one micro-batch. Raises what the user's
+own code raises."""
+
+
+class Device(Protocol):
+    """Where a training step runs."""
+
+    @property
+    def info(self) -> DeviceInfo: ...
+
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes that the training process may take there in all, before head-room."""
+        ...
+
+    @property
+    def least_headroom(self) -> float:
+        """The share of the limit that has to stay free for a result to hold in another process."""
+        ...
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the user should know about the state of this device, in sentences."""
+        ...
+
+    def prepare(self) -> None:
+        """Begin what takes time, such as starting a process, while the caller does something else."""
+        ...
+
+    def close(self) -> None:
+        """End what `prepare` began. Nothing is left of the device afterwards."""
+        ...
+
+    def trials(self, step: TrainingStep, budget_bytes: int) -> AbstractContextManager[RunTrial]:
+        """Get ready to run trials of `step`; leaving the context gives everything back as it was.
+
+        A trial whose peak is above `budget_bytes` gets the verdict `over_budget`.
+        """
+        ...

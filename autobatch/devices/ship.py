@@ -1,0 +1,110 @@
+"""Sends a workload to another process: objects through cloudpickle, tensor storages as raw bytes behind them.
+
+Storages go straight from memory into a pipe and from the pipe into memory, so that the receiver holds each of them once
+and no file is written. Tied weights stay tied; storages on other devices arrive on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import pickle
+from typing import Any, BinaryIO
+
+import cloudpickle
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from autobatch.errors import WorkloadNotPortable
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, obj: object) -> tuple[int, int, torch.dtype | None] | None:
+        """Name a storage by its number instead of pickling it."""
+        if isinstance(obj, torch.storage.TypedStorage):
+            storage, dtype = obj._untyped_storage, obj.dtype
+        elif isinstance(obj, torch.UntypedStorage):
+            storage, dtype = obj, None
+        else:
+            return None
+        number = self._numbers.setdefault(storage._cdata, len(self._numbers))
+        self.storages[number] = storage  # held, so that its address is not given to another one
+        return number, storage.nbytes(), dtype
+
+    def reducer_override(self, obj: Any) -> Any:
+        # torch forbids pickling parametrized modules because their class is made at run time; it can be made again.
+        if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
+            return _rebuild_parametrized, (type(obj).__mro__[1], obj.__dict__, list(obj.parametrizations))  # type: ignore[arg-type]
+        return super().reducer_override(obj)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__(stream)
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def persistent_load(self, pid: tuple[int, int, torch.dtype | None]) -> object:
+        number, size, dtype = pid
+        storage = self.storages.setdefault(number, torch.UntypedStorage(size))
+        return (
+            storage if dtype is None else torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        )
+
+
+def _rebuild_parametrized(cls: type[nn.Module], state: dict[str, Any], names: list[str]) -> nn.Module:
+    module: nn.Module = cls.__new__(cls)
+    module.__dict__.update(state)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
+
+
+def _memory_of(storage: torch.UntypedStorage) -> memoryview:
+    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+
+
+def dump(obj: object, stream: BinaryIO) -> None:
+    """Write `obj` to `stream`, for `load` in another process.
+
+    Raises:
+        WorkloadNotPortable: something in it cannot be pickled; nothing has been written then.
+    """
+    objects = io.BytesIO()
+    pickler = _Pickler(objects)
+    try:
+        pickler.dump(obj)
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:
+        raise WorkloadNotPortable(
+            f"the workload cannot be sent to the process that tries it on CPU memory: {error}. "
+            "Keep open files, locks, threads and generators out of the model, the data and the loss, "
+            "or make them when they are first used."
+        ) from error
+    pickle.dump(objects.getbuffer().nbytes, stream)
+    stream.write(objects.getbuffer())
+    for storage in pickler.storages.values():
+        if storage.nbytes():
+            stream.write(_memory_of(storage.cpu()))
+    stream.flush()
+
+
+def load(stream: BinaryIO) -> Any:
+    """Read what `dump` wrote. What the objects' own modules raise while they are imported passes through."""
+    size = pickle.load(stream)
+    unpickler = _Unpickler(io.BytesIO(stream.read(size)))
+    obj = unpickler.load()
+    for _, storage in sorted(unpickler.storages.items()):
+        if storage.nbytes():
+            view, done = _memory_of(storage), 0
+            while done < len(view):
+                count = stream.readinto(view[done:])  # type: ignore[attr-defined]
+                if not count:
+                    raise EOFError("the workload was cut off on its way")
+                done += count
+    return obj

@@ -1,0 +1,256 @@
+"""The child process in which CPU trials run: one server that loads the workload once and forks a process for each
+trial.
+
+A fork starts every trial from the same clean heap, whatever earlier ones left behind, and dies alone when memory runs
+out. The server itself never runs a kernel or a backward pass, so no thread pool exists that a fork would break.
+
+The conversation, over one socket: the parent sends settings and the workload, the server answers `Loaded`; then a
+`Request` for each trial, answered with an `Outcome`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from autobatch.devices import process_memory
+
+if TYPE_CHECKING:
+    from autobatch.devices.oom import Diagnosis
+    from autobatch.workload.step import TrainingStep
+
+SETTLING_STEPS = 8
+"""Steps at most that a trial at the very edge of the limit runs until its peak no longer grows."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What makes the server's process like the caller's."""
+
+    threads: int
+    default_dtype: Any
+    deterministic: bool
+    matmul_precision: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The workload arrived, or did not."""
+
+    error: str | None
+    """The traceback of what went wrong, or None."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One trial to run."""
+
+    sizes: tuple[int, ...]
+    limit_bytes: int
+    settle_above_bytes: int
+    """A peak above this has to be settled: steps are repeated until it no longer grows."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial did."""
+
+    samples: int = 0
+    seconds: float = 0.0
+    step_seconds: float | None = None
+    peak_bytes: int | None = None
+    turn_bytes: int | None = None
+    loss: float | None = None
+    phase: str = ""
+    """Where it was when it failed."""
+    memory: Diagnosis | None = None
+    """Which allocation failed, if that is what ended it."""
+    error_text: str = ""
+    """The traceback of the exception that ended it, or ""."""
+    error: bytes | None = None
+    """That exception, pickled, where it can be."""
+    signal: int | None = None
+    """The signal that killed it, or None."""
+    exit_status: int | None = None
+    """The status it exited with without an answer, or None."""
+    output: str = ""
+    """The end of what it wrote to stdout and stderr, where it died without an answer."""
+    max_resident_bytes: int = 0
+
+
+@dataclass
+class _Progress:
+    """How far a trial came, kept outside the frames of the step so that a failure can be told."""
+
+    phase: str = "start"
+    samples: int = 0
+    turn_bytes: int | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+        if phase == "backward":
+            self.turn_bytes = process_memory.data_bytes()
+
+
+def main(descriptor: int) -> None:
+    """Serve trials on the socket `descriptor` until the other side closes it."""
+    process_memory.die_with_parent(signal.SIGKILL)
+    connection = socket.socket(fileno=descriptor)
+    reader, writer = connection.makefile("rb"), connection.makefile("wb")
+    settings: Settings = pickle.load(reader)
+    step = _load(settings, reader, writer)
+    if step is None:
+        return
+    while True:
+        try:
+            request: Request = pickle.load(reader)
+        except EOFError:
+            return
+        pickle.dump(_in_a_fork(step, settings, request), writer)
+        writer.flush()
+
+
+def _load(settings: Settings, reader: BinaryIO, writer: BinaryIO) -> TrainingStep | None:
+    import torch
+
+    # One thread while loading: a pool of OpenMP threads made now would be missing in every fork.
+    torch.set_num_threads(1)
+    torch.set_default_dtype(settings.default_dtype)
+    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    torch.set_float32_matmul_precision(settings.matmul_precision)
+    from autobatch.devices import oom, ship  # noqa: F401  # imported here, so that no trial pays for it
+    from autobatch.workload import runner  # noqa: F401
+
+    try:
+        step: TrainingStep = ship.load(reader)
+    except BaseException:  # noqa: BLE001  # whatever the user's modules raise while they are imported is told to the caller
+        pickle.dump(Loaded(traceback.format_exc()), writer)
+        writer.flush()
+        return None
+    process_memory.trim()
+    pickle.dump(Loaded(None), writer)
+    writer.flush()
+    return step
+
+
+def _in_a_fork(step: TrainingStep, settings: Settings, request: Request) -> Outcome:
+    """Run one trial in a fork of this process and wait for it."""
+    output = os.memfd_create("trial-output")
+    read_end, write_end = os.pipe()
+    sys.stdout.flush(), sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(read_end)
+            os.dup2(output, 1), os.dup2(output, 2)
+            process_memory.die_with_parent(signal.SIGKILL)
+            process_memory.be_killed_first()
+            with open(write_end, "wb") as answer:
+                pickle.dump(_trial(step, settings, request), answer)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    with open(read_end, "rb") as stream:
+        answer_bytes = stream.read()
+    _, wait_status, usage = os.wait4(pid, 0)
+    with open(output, "rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4000))
+        text = stream.read().decode(errors="replace")
+    if os.WIFSIGNALED(wait_status) or not answer_bytes:
+        return Outcome(
+            signal=os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else None,
+            exit_status=os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else None,
+            output=text,
+            max_resident_bytes=usage.ru_maxrss * 1024,
+        )
+    outcome: Outcome = pickle.loads(answer_bytes)
+    return outcome
+
+
+def _trial(step: TrainingStep, settings: Settings, request: Request) -> Outcome:
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    progress = _Progress()
+    try:
+        process_memory.limit_data(request.limit_bytes)
+        return _steps(step, request, progress)
+    except BaseException as error:  # noqa: BLE001  # memory or the user's bug: the caller judges
+        process_memory.lift_limit()
+        return Outcome(
+            samples=progress.samples,
+            seconds=time.perf_counter() - progress.started,
+            phase=progress.phase,
+            memory=_memory_failure(error),
+            error_text=traceback.format_exc(),
+            error=_pickled(error),
+        )
+
+
+def _steps(step: TrainingStep, request: Request, progress: _Progress) -> Outcome:
+    from autobatch.workload.runner import StepRunner
+
+    runner = StepRunner(step)
+
+    def run(sizes: tuple[int, ...]) -> float:
+        loss = runner.run(sizes, progress.enter)
+        progress.samples += sum(sizes)
+        return loss
+
+    # The warm-up makes the optimizer's lazy state. Where the whole target is one micro-batch it is of that size, so
+    # that the measured step is a second pass; with two micro-batches the measured step has its second pass in itself.
+    run(request.sizes if len(request.sizes) == 1 else (step.min_micro_batch,))
+    began = time.perf_counter()
+    loss = run(request.sizes)
+    step_seconds = time.perf_counter() - began
+    for _ in _until_settled(request):
+        run(request.sizes)
+    return Outcome(
+        samples=progress.samples,
+        seconds=time.perf_counter() - progress.started,
+        step_seconds=step_seconds,
+        peak_bytes=process_memory.peak_data_bytes(),
+        turn_bytes=progress.turn_bytes,
+        loss=loss,
+    )
+
+
+def _until_settled(request: Request) -> Iterator[None]:
+    """One more step while the peak is at the edge and still growing: a heap fragments over the first steps."""
+    peak, quiet = process_memory.peak_data_bytes(), 0
+    for _ in range(SETTLING_STEPS):
+        if peak <= request.settle_above_bytes or quiet == 2:
+            return
+        yield
+        peak, before = process_memory.peak_data_bytes(), peak
+        quiet = quiet + 1 if peak == before else 0
+
+
+def _memory_failure(error: BaseException) -> Diagnosis | None:
+    from autobatch.devices import oom
+
+    diagnosis = oom.classify(error, cpu_limited=True)
+    return diagnosis if diagnosis and diagnosis.is_memory else None
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    import cloudpickle
+
+    try:
+        data: bytes = cloudpickle.dumps(error.with_traceback(None))
+        pickle.loads(data)  # exceptions with arguments of their own often pickle but do not come back
+    except Exception:  # noqa: BLE001  # an exception may fail in any way here; the caller still gets its text
+        return None
+    return data

@@ -1,0 +1,59 @@
+"""Every error that a user of autobatch can meet.
+
+An error says what happened, with the numbers, and what to do next. A bug in the user's own model is none of these: it
+is raised as it is. `exit_code` is what the command line returns for it: 1 nothing fits, 2 bad usage, 3 a workload that
+fails.
+"""
+
+from __future__ import annotations
+
+
+class AutobatchError(Exception):
+    """The base of all errors raised by autobatch itself."""
+
+    exit_code = 2
+
+
+class InvalidInput(AutobatchError, ValueError):
+    """An argument, a file or a specification that cannot be used as it is."""
+
+
+class InputsNotInferred(InvalidInput):
+    """The inputs of a bare model could not be worked out; the message shows the call to make instead."""
+
+
+class PlanFileError(AutobatchError):
+    """A plan file that is damaged, or of a version this autobatch does not know."""
+
+
+class DeviceUnavailable(AutobatchError):
+    """The device asked for is not there, or cannot run trials."""
+
+
+class WorkloadNotPortable(AutobatchError):
+    """The workload cannot be sent to the process in which trials run."""
+
+
+class NothingFits(AutobatchError):
+    """Not even the smallest micro-batch fits in the budget."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, needed_bytes: int | None, budget_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        """Bytes that the smallest micro-batch took, or None where it could not be measured."""
+        self.budget_bytes = budget_bytes
+        """Bytes that a training step was allowed to use."""
+
+
+class TrialCrashed(AutobatchError):
+    """A trial died of something that is not memory (a segmentation fault, `os._exit`)."""
+
+    exit_code = 3
+
+
+class DevicePoisoned(AutobatchError):
+    """The CUDA context is beyond use after an error in a kernel: nothing can run in this process any more."""
+
+    exit_code = 3

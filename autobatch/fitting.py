@@ -1,0 +1,201 @@
+"""`fit`: from a model and a target to a plan. Walks the road once: workload, device, search, plan."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+import autobatch
+from autobatch import ranks
+from autobatch.devices import get_device
+from autobatch.devices.base import Device
+from autobatch.errors import InvalidInput, NothingFits
+from autobatch.plan import TrainingPlan
+from autobatch.probing import Answer, Attempts, Question, probe
+from autobatch.progress import OnProgress, SearchStarted
+from autobatch.units import format_bytes, parse_bytes
+from autobatch.workload import Workload, resolve
+from autobatch.workload.state import preserved
+from autobatch.workload.step import Precision, TrainingStep
+
+LITTLE_HEADROOM = 0.02
+"""Below this share of head-room the plan warns: allocators drift by a per cent or two over a run."""
+
+
+def fit(
+    model: nn.Module | Workload,
+    target: int,
+    *,
+    data: Any = None,
+    loss: Callable[..., Any] | None = None,
+    training_step: Callable[..., Any] | None = None,
+    optimizer: Optimizer | Callable[..., Optimizer] | None = None,
+    precision: Precision = "fp32",
+    device: object = None,
+    memory_limit: int | str | None = None,
+    headroom: float = 0.05,
+    world_size: int | None = None,
+    max_micro_batch: int | None = None,
+    exact: bool = False,
+    progress: OnProgress | None = None,
+) -> TrainingPlan:
+    """Find the largest micro-batch that fits by running real training steps, and plan how to reach the target with it.
+
+    Nothing of the caller's changes: parameters, gradients, buffers, optimizer state, flags and random generators are
+    afterwards what they were, bit for bit.
+
+    Args:
+        model: the model, or a `Workload` that says all of `data`, `loss`, `training_step` and `optimizer` itself.
+        target: samples behind one optimizer step, over all ranks.
+        data: one collated batch, a Dataset, a DataLoader, or a callable that makes a batch of n samples. None: inferred
+            from the model, and written down in the plan's assumptions.
+        loss: `loss(output, target)`, giving a scalar that is a mean over samples.
+        training_step: `training_step(model, batch)`, giving that scalar; instead of `loss`.
+        optimizer: an instance, or a callable that makes one from parameters. None: AdamW.
+        precision: "fp32", or autocast to "bf16" or "fp16" (with a GradScaler).
+        device: "cpu", "cuda", "cuda:1"; None for the first CUDA device, else the CPU.
+        memory_limit: bytes, or a string such as "8GiB", that the training process may take on the device in all.
+        headroom: the share of that limit to leave free, from 0 to below 1.
+        world_size: ranks that share the target. None: those of torch.distributed where it is initialised, else 1.
+        max_micro_batch: never try more samples than this.
+        exact: also prove that one more sample does not fit; otherwise the maximum is found to within 2 %.
+        progress: called with each event of `autobatch.progress`.
+
+    Returns:
+        The plan. Every size in its `micro_batch_sizes` ran whole training steps within the budget.
+
+    Raises:
+        InvalidInput: an argument cannot be used, or the inputs of a bare model cannot be inferred.
+        NothingFits: not even the smallest micro-batch fits.
+        DeviceUnavailable, DevicePoisoned, TrialCrashed, WorkloadNotPortable: see `autobatch.errors`.
+        Exception: whatever the model's own code raises, as it is, with the micro-batch size in a note.
+    """
+    workload = _as_workload(model, data, loss, training_step, optimizer, precision)
+    question = Question.checked(target, headroom, world_size, max_micro_batch, exact)
+    spot = get_device(device, None if memory_limit is None else parse_bytes(memory_limit))
+    try:
+        spot.prepare()
+        with preserved(workload, tensors=False):
+            step = resolve(workload)
+            budget = int(spot.limit_bytes * (1 - max(headroom, spot.least_headroom))) - step.reserve_bytes
+            with spot.trials(step, budget) as run:
+                attempt = Attempts(run, budget, progress or (lambda event: None))
+                attempt.progress(SearchStarted(spot.info, budget, spot.limit_bytes, question.cap))
+                answer = probe(attempt, step, question)
+            if answer is None:
+                raise _nothing_fits(spot, step, question, attempt, device)
+        return _plan(answer, spot, step, question, attempt)
+    finally:
+        spot.close()
+
+
+def _as_workload(model: Any, data: Any, loss: Any, training_step: Any, optimizer: Any, precision: Any) -> Workload:
+    if not isinstance(model, Workload):
+        return Workload(model, data, loss, training_step, optimizer, precision)
+    given = {"data": data, "loss": loss, "training_step": training_step, "optimizer": optimizer}
+    twice = [name for name, value in given.items() if value is not None]
+    if twice:
+        raise InvalidInput(
+            f"a Workload says its own {', '.join(twice)}: pass them to Workload(...) instead of fit(...)."
+        )
+    return replace(model, precision=precision) if precision != "fp32" else model
+
+
+def _nothing_fits(
+    spot: Device, step: TrainingStep, question: Question, attempt: Attempts, device: object
+) -> NothingFits:
+    """The error for that. Where the smallest micro-batch ran out, it is measured without the caller's limit."""
+    smallest = min(attempt.trials, key=lambda trial: trial.micro_batch_size)
+    needed = smallest.peak_bytes
+    if needed is None:
+        with closing(get_device(device)) as whole:
+            if whole.limit_bytes > spot.limit_bytes:
+                with whole.trials(step, whole.limit_bytes) as run:
+                    needed = run(smallest.micro_batch_sizes).peak_bytes
+    advice = [
+        'precision="bf16", activation checkpointing, smaller inputs, an optimizer with less state, or a smaller model'
+    ]
+    if needed is not None:
+        needed += step.reserve_bytes
+        headroom = max(question.headroom, spot.least_headroom)
+        advice.insert(0, f"a limit of at least {format_bytes(math.ceil(needed / (1 - headroom)))}")
+        if needed <= spot.limit_bytes:
+            advice.insert(0, f"less head-room (it fits in the limit, but does not leave {headroom:.0%} of it free)")
+    size = smallest.micro_batch_size
+    return NothingFits(
+        f"nothing fits: a training step with micro-batches of {size} sample{'s' if size > 1 else ''} takes "
+        f"{'more than there is' if needed is None else format_bytes(needed)}, and the budget is "
+        f"{format_bytes(attempt.budget_bytes)} ({format_bytes(spot.limit_bytes)} less head-room) on {spot.info.name}. "
+        f"Try {', or '.join(advice)}.",
+        needed_bytes=needed,
+        budget_bytes=attempt.budget_bytes,
+    )
+
+
+def _plan(answer: Answer, spot: Device, step: TrainingStep, question: Question, attempt: Attempts) -> TrainingPlan:
+    headroom = max(question.headroom, spot.least_headroom)
+    peak = max(t.peak_bytes or 0 for t in attempt.trials if t.fits and set(t.micro_batch_sizes) & set(answer.sizes))
+    plan = TrainingPlan(
+        target_batch_size=question.target,
+        world_size=question.world_size,
+        micro_batch_sizes=answer.sizes,
+        max_micro_batch_size=answer.largest,
+        min_micro_batch_size=step.min_micro_batch,
+        max_is_exact=answer.exact,
+        peak_bytes=peak,
+        limit_bytes=spot.limit_bytes,
+        budget_bytes=attempt.budget_bytes,
+        headroom=headroom,
+        verified=set(answer.sizes) <= attempt.sizes_that_fit,
+        precision=step.precision,
+        trials=tuple(attempt.trials),
+        device=spot.info,
+        versions=_versions(),
+        assumptions=step.assumptions,
+        warnings=(*step.warnings, *spot.warnings, *_warnings(answer, step, question, attempt, headroom)),
+    )
+    return plan.for_rank(ranks.rank()) if question.world_size == ranks.world_size() > 1 else plan
+
+
+def _versions() -> dict[str, str]:
+    versions = {"autobatch": autobatch.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return versions | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def _warnings(
+    answer: Answer, step: TrainingStep, question: Question, attempt: Attempts, headroom: float
+) -> Iterator[str]:
+    frozen = step.model.training  # then a layer in eval mode was put there on purpose
+    norms = [n for n, m in step.model.named_modules() if isinstance(m, _BatchNorm) and (m.training or not frozen)]
+    if norms and len(answer.sizes) > 1:
+        named = ", ".join(norms[:3]) + (f" and {len(norms) - 3} more" if len(norms) > 3 else "")
+        yield (
+            f"BatchNorm ({named}) normalises by each micro-batch of {answer.sizes[0]} samples, not the whole batch: "
+            "the gradient differs from the full batch's there. GroupNorm or LayerNorm do not have this effect."
+        )
+    if step.max_samples is not None and step.max_samples < question.target:
+        yield (
+            f"the data has {step.max_samples} samples, fewer than the target of {question.target}: no optimizer step "
+            "can be filled from it."
+        )
+    if headroom > question.headroom:
+        yield (
+            f"head-room is {headroom:.0%}, not the {question.headroom:.0%} asked for: on this device the same steps "
+            "take up to that much more or less from one process to the next."
+        )
+    if headroom < LITTLE_HEADROOM:
+        yield (
+            f"only {headroom:.0%} of the memory is left free: fragmentation, a larger sample or an evaluation pass may "
+            "run out. The default head-room is 5 %."
+        )
+    if any("not a number" in trial.detail for trial in attempt.trials):
+        yield "the loss was not a number (NaN) in a trial. Memory is not affected, but training would be."

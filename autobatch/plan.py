@@ -1,0 +1,347 @@
+"""The answer, as data: how to reach a target batch with micro-batches that fit, and everything that was seen and
+assumed.
+
+Pure arithmetic and JSON; no torch. Bytes are bytes on the plan's device, sizes are samples, times are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
+
+from autobatch.errors import InvalidInput, PlanFileError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA_VERSION = 1
+
+
+class Verdict(str, Enum):
+    """How a trial ended."""
+
+    FITS = "fits"
+    OVER_BUDGET = "over_budget"
+    """It ran, but took more than the budget, or made the allocator retry."""
+    OUT_OF_MEMORY = "out_of_memory"
+    FAILED = "failed"
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Trial(_Data):
+    """One try of one micro-batch size."""
+
+    micro_batch_sizes: tuple[int, ...]
+    """The micro-batches of the measured optimizer step: two, or one where the whole target is one micro-batch."""
+    verdict: Verdict
+    peak_bytes: int | None = None
+    """The most bytes that the process held on the device, to compare with the budget; None if it ran out first."""
+    turn_bytes: int | None = None
+    """Bytes held at the turn from forward to backward of the last micro-batch."""
+    peak_allocated_bytes: int | None = None
+    """CUDA: peak bytes in live tensors."""
+    peak_reserved_bytes: int | None = None
+    """CUDA: peak bytes held by the caching allocator."""
+    requested_bytes: int | None = None
+    """The allocation that failed, where the error named it."""
+    samples: int = 0
+    """Samples pushed through the model in this trial, warm-up included."""
+    seconds: float = 0.0
+    """Wall time of the whole trial."""
+    step_seconds: float | None = None
+    """Wall time of the measured optimizer step."""
+    detail: str = ""
+    """What happened, in a few words, where the verdict does not say it all."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        """The largest micro-batch of the trial."""
+        return max(self.micro_batch_sizes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it ran within the budget."""
+        return self.verdict is Verdict.FITS
+
+
+class DeviceInfo(_Data):
+    """The device that a plan was made on."""
+
+    type: str
+    """"cpu" or "cuda"."""
+    name: str
+    total_bytes: int
+    """Bytes of memory that the device has."""
+    free_bytes: int | None = None
+    """Bytes that were free when the plan was made."""
+    index: int | None = None
+    """CUDA: the device's index in this process."""
+    uuid: str | None = None
+    driver: str | None = None
+    capability: str | None = None
+    """CUDA: compute capability, such as "9.0"."""
+    mig: bool | None = None
+    """CUDA: whether this is a slice of a partitioned GPU."""
+
+
+def split_evenly(total: int, parts: int) -> tuple[int, ...]:
+    """`total` as `parts` integers that differ by at most one, larger ones first.
+
+    >>> split_evenly(256, 7)
+    (37, 37, 37, 37, 36, 36, 36)
+    """
+    quotient, larger = divmod(total, parts)
+    return (quotient + 1,) * larger + (quotient,) * (parts - larger)
+
+
+def micro_batches(samples: int, largest: int, smallest: int = 1) -> tuple[int, ...]:
+    """The fewest micro-batches of at most `largest` samples that hold `samples`, as equal as possible.
+
+    Raises:
+        InvalidInput: every such split needs a micro-batch of fewer than `smallest` samples.
+    """
+    sizes = split_evenly(samples, math.ceil(samples / largest))
+    if sizes[-1] < smallest:
+        raise InvalidInput(
+            f"{samples} samples cannot be split into micro-batches of {smallest} to {largest} samples, and the model "
+            f"does not run on fewer than {smallest}. Choose a target that is a multiple of {smallest * 2}."
+        )
+    return sizes
+
+
+class TrainingPlan(_Data):
+    """How to train on exactly the target batch: which micro-batches, on what evidence, under which assumptions.
+
+    Printing a plan shows it in full; `save` and `load` keep it as JSON.
+    """
+
+    schema_version: Literal[1] = 1
+    target_batch_size: int
+    """Samples behind one optimizer step, over all ranks. The plan hits it exactly."""
+    world_size: int = 1
+    rank: int = 0
+    """The rank whose micro-batches `micro_batch_sizes` lists; see `for_rank`."""
+    micro_batch_sizes: tuple[int, ...]
+    """This rank's micro-batches of one optimizer step, in order."""
+    max_micro_batch_size: int
+    """The largest micro-batch that ran within the budget."""
+    min_micro_batch_size: int = 1
+    """The fewest samples that the model runs on."""
+    max_is_exact: bool = False
+    """Whether one sample more was tried and did not fit, or was not needed; otherwise the maximum may be up to 2 %
+    more."""
+    peak_bytes: int
+    """The most that a training step with these micro-batches held on the device."""
+    limit_bytes: int
+    """What the training process may take there."""
+    budget_bytes: int
+    """`limit_bytes` less the head-room: what a step was allowed to take."""
+    headroom: float
+    """The share of the limit that was left free."""
+    verified: bool
+    """Whether every size named in `micro_batch_sizes` ran whole training steps within the budget."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    trials: tuple[Trial, ...] = ()
+    device: DeviceInfo
+    versions: dict[str, str] = {}
+    """Versions of what the answer depends on: python, torch, autobatch, and CUDA where there is one."""
+    assumptions: tuple[str, ...] = ()
+    """What was inferred rather than given."""
+    warnings: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_computed(cls, data: Any) -> Any:
+        return (
+            {key: value for key, value in data.items() if key not in cls.model_computed_fields}
+            if isinstance(data, dict)
+            else data
+        )
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> TrainingPlan:
+        if self.target_batch_size < 1 or not 0 <= self.rank < self.world_size <= self.target_batch_size:
+            raise ValueError("target_batch_size, world_size and rank contradict each other")
+        share = split_evenly(self.target_batch_size, self.world_size)[self.rank]
+        if sum(self.micro_batch_sizes) != share:
+            raise ValueError(
+                f"micro_batch_sizes add up to {sum(self.micro_batch_sizes)}, not to this rank's {share} samples"
+            )
+        if not all(1 <= size <= self.max_micro_batch_size for size in self.micro_batch_sizes):
+            raise ValueError(f"micro_batch_sizes go beyond max_micro_batch_size, {self.max_micro_batch_size}")
+        return self
+
+    @computed_field  # type: ignore[prop-decorator]  # in the JSON too, for readers that are not Python
+    @property
+    def micro_batch_size(self) -> int:
+        """The largest micro-batch of the plan (sizes differ by at most one)."""
+        return max(self.micro_batch_sizes)
+
+    @computed_field  # type: ignore[prop-decorator]  # in the JSON too, for readers that are not Python
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches before one optimizer step."""
+        return len(self.micro_batch_sizes)
+
+    def for_rank(self, rank: int) -> TrainingPlan:
+        """The same plan as another rank sees it. The sizes of all ranks add up to the target.
+
+        Raises:
+            InvalidInput: `rank` is not in 0 … world_size - 1.
+        """
+        if not 0 <= rank < self.world_size:
+            raise InvalidInput(
+                f"rank {rank} is not one of this plan's {self.world_size} ranks (0 to {self.world_size - 1})."
+            )
+        share = split_evenly(self.target_batch_size, self.world_size)[rank]
+        return self._with_sizes(micro_batches(share, self.micro_batch_size, self.min_micro_batch_size), rank)
+
+    def uniform(self) -> TrainingPlan:
+        """The plan with one single micro-batch size, for frameworks that take no other: the largest that divides a
+        rank's share.
+
+        It is `verified` only if that size was itself tried.
+
+        Raises:
+            InvalidInput: the target cannot be divided by the ranks, or by any size the model runs on.
+        """
+        share, rest = divmod(self.target_batch_size, self.world_size)
+        if rest:
+            raise InvalidInput(
+                f"a target of {self.target_batch_size} is not a multiple of {self.world_size} ranks, so no single size "
+                f"hits it exactly. Targets that work: {share * self.world_size} and {(share + 1) * self.world_size}."
+            )
+        for size in range(min(self.max_micro_batch_size, share), self.min_micro_batch_size - 1, -1):
+            if share % size == 0:
+                return self._with_sizes((size,) * (share // size), self.rank)
+        raise InvalidInput(
+            f"no micro-batch size from {self.min_micro_batch_size} to {self.max_micro_batch_size} divides {share}."
+        )
+
+    def _with_sizes(self, sizes: tuple[int, ...], rank: int) -> TrainingPlan:
+        verified = set(sizes) <= {size for trial in self.trials if trial.fits for size in trial.micro_batch_sizes}
+        return self.model_copy(update={"micro_batch_sizes": sizes, "rank": rank, "verified": verified})
+
+    def split(self, batch: Any) -> Iterator[tuple[Any, float]]:
+        """Cut one rank's batch into micro-batches, each with the weight that its mean loss must be given.
+
+        Args:
+            batch: any nest of tuples, lists, dicts and dataclasses of tensors; views are made, not copies. A batch of
+                another size than this rank's share (a loader's last one) is split into as few micro-batches as fit.
+
+        Yields:
+            `(micro_batch, weight)`. `sum(weight * mean_loss)` over the micro-batches is the mean loss of the batch, and
+            its gradient is the gradient of the whole batch. Over unequal ranks the weights make the mean that DDP takes
+            over ranks the mean over all samples.
+
+        Raises:
+            InvalidInput: the batch has no dimension that can be cut.
+        """
+        from autobatch import batches
+
+        samples = batches.batch_size(batch)
+        sizes = self.micro_batch_sizes
+        total = self.target_batch_size / self.world_size
+        if samples != sum(sizes):
+            sizes, total = micro_batches(samples, self.max_micro_batch_size, self.min_micro_batch_size), samples
+        for micro, size in zip(batches.split(batch, sizes), sizes, strict=True):
+            yield micro, size / total
+
+    def scaled_lr(self, base_lr: float, base_batch: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
+        """A learning rate for this target, from one that worked at `base_batch` samples.
+
+        "linear" is the rule of Goyal et al. 2017 (arXiv:1706.02677), for SGD; "sqrt" is that of Krizhevsky 2014
+        (arXiv:1404.5997), commonly used with Adam.
+
+        Raises:
+            InvalidInput: `base_batch` is below 1, or the rule is another.
+        """
+        if base_batch < 1:
+            raise InvalidInput(f"base_batch must be at least 1 sample, but is {base_batch}.")
+        ratio = self.target_batch_size / base_batch
+        if rule == "linear":
+            return base_lr * ratio
+        if rule == "sqrt":
+            return base_lr * math.sqrt(ratio)
+        raise InvalidInput(f'rule must be "linear" or "sqrt", but is {rule!r}.')
+
+    def code(self) -> str:
+        """A training loop to paste: exactly this plan, with clipping, a scheduler, and autocast and scaler where they
+        apply."""
+        from autobatch.report.code import training_loop
+
+        return training_loop(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON. The file is replaced as a whole, so a failure leaves an older one as it was.
+
+        Raises:
+            PlanFileError: the file cannot be written (no such folder, no permission, disk full).
+        """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            try:
+                partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise PlanFileError(
+                f"the plan could not be written to {path}: {error.strerror or error}. Save it elsewhere."
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TrainingPlan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            PlanFileError: the file is missing, damaged, or of a schema version that this autobatch does not know.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanFileError(f"the plan {path} could not be read: {error.strerror or error}.") from error
+        except ValueError as error:  # not JSON, or not even text
+            raise PlanFileError(
+                f"{path} is not a plan: it is not valid JSON ({error}). Make the plan again."
+            ) from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version is None:
+            raise PlanFileError(f"{path} is not a plan: it names no schema_version. Make the plan again.")
+        if version != SCHEMA_VERSION:
+            raise PlanFileError(
+                f"{path} is a plan of schema version {version}, but this autobatch reads version {SCHEMA_VERSION}. "
+                "Use the autobatch that wrote it, or make the plan again."
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the plan"
+            raise PlanFileError(f"the plan {path} is damaged: {where}: {first['msg']}. Make the plan again.") from error
+
+    def __str__(self) -> str:
+        from autobatch.report.terminal import plan_text
+
+        return plan_text(self)
+
+    def __rich__(self) -> RenderableType:
+        from autobatch.report.terminal import plan_panel
+
+        return plan_panel(self)
+
+    def _repr_html_(self) -> str:
+        from autobatch.report.notebook import plan_html
+
+        return plan_html(self)

@@ -1,0 +1,81 @@
+"""What a plan says, in words: the one wording that the terminal, plain text and notebooks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from autobatch.plan import DeviceInfo, TrainingPlan, Trial
+from autobatch.units import format_bytes
+
+
+def sizes_in_words(sizes: Sequence[int]) -> str:
+    """Micro-batch sizes, equal neighbours together.
+
+    >>> sizes_in_words((37, 37, 37, 37, 36, 36, 36)), sizes_in_words((37, 36))
+    ('4 × 37 + 3 × 36', '37 + 36')
+    """
+    counted = ((len(list(group)), size) for size, group in groupby(sizes))
+    return " + ".join(f"{count} × {size}" if count > 1 else str(size) for count, size in counted)
+
+
+def headline(plan: TrainingPlan) -> str:
+    """The answer in one line: the micro-batches of one optimizer step and what they add up to."""
+    samples = sum(plan.micro_batch_sizes)
+    if plan.accumulation_steps == 1:
+        share = f"{samples} samples per optimizer step, in one micro-batch"
+    else:
+        share = f"{sizes_in_words(plan.micro_batch_sizes)} = {samples} samples per optimizer step"
+    if plan.world_size == 1:
+        return share
+    return f"{share} on rank {plan.rank}; {plan.target_batch_size} over {plan.world_size} ranks"
+
+
+def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
+    """Labels and texts that tell what stands behind the answer."""
+    share = sum(plan.micro_batch_sizes)
+    largest = f"{plan.max_micro_batch_size} samples"
+    if plan.max_micro_batch_size >= share:
+        largest += ", all that a step needs"
+    elif any(trial.micro_batch_size == plan.max_micro_batch_size + 1 and not trial.fits for trial in plan.trials):
+        largest += "; one more does not fit"
+    elif plan.max_is_exact:
+        largest += ", as many as were asked for"
+    else:
+        largest += "; up to 2 % more may fit"
+    limit = format_bytes(plan.limit_bytes)
+    return [
+        ("peak", f"{format_bytes(plan.peak_bytes)}, {plan.peak_bytes / plan.budget_bytes:.0%} of the budget"),
+        ("budget", f"{format_bytes(plan.budget_bytes)}: {limit} less {plan.headroom:.0%} head-room"),
+        ("largest", largest),
+        (
+            "evidence",
+            "these very sizes ran whole training steps" if plan.verified else "NOT all of these sizes were tried",
+        ),
+        ("precision", plan.precision),
+        ("device", device_in_words(plan.device)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in plan.versions.items()) or "unknown"),
+    ]
+
+
+def device_in_words(device: DeviceInfo) -> str:
+    """Which device, and how much memory it has."""
+    label = device.type if device.index is None else f"{device.type}:{device.index}"
+    memory = f"{format_bytes(device.total_bytes)} of memory"
+    if device.free_bytes is not None:
+        memory += f", {format_bytes(device.free_bytes)} free"
+    return f"{label} ({device.name}), {memory}" + (", a MIG slice" if device.mig else "")
+
+
+def verdict_in_words(trial: Trial) -> str:
+    """The verdict as people say it, such as "out of memory"."""
+    return trial.verdict.value.replace("_", " ")
+
+
+def peak_in_words(trial: Trial, budget_bytes: int) -> str:
+    """The peak of a trial and its share of the budget, or what is known where it ran out before there was one."""
+    if trial.peak_bytes is not None:
+        return f"{format_bytes(trial.peak_bytes)} ({trial.peak_bytes / budget_bytes:.0%})"
+    if trial.requested_bytes is not None:
+        return f"could not get {format_bytes(trial.requested_bytes)} more"
+    return "peak unknown"

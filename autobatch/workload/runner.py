@@ -1,0 +1,93 @@
+"""Runs training steps as training runs them: micro-batches, gradients held between them, then the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.optim import Optimizer
+
+from autobatch.batches import map_arrays
+from autobatch.errors import InvalidInput
+from autobatch.workload.step import AUTOCAST_DTYPES, TrainingStep, require_trainable
+
+OnPhase = Callable[[str], None]
+"""Called as each phase begins: "batch", "forward", "backward", "optimizer"."""
+
+
+class StepRunner:
+    """Optimizer steps of one `TrainingStep` on one torch device, which the model is already on.
+
+    The optimizer lives as long as the runner, so its lazy state is there from the second step on. A model that is in
+    eval mode as a whole is put in train mode; single layers in eval mode were put there on purpose, and stay.
+    """
+
+    def __init__(self, step: TrainingStep, device: str | torch.device = "cpu") -> None:
+        self.step = step
+        self.device = torch.device(device)
+        if not step.model.training:
+            step.model.train()
+        self.optimizer = make_optimizer(step)
+        self._scaler = torch.amp.GradScaler(self.device.type) if step.precision == "fp16" else None
+
+    def run(self, sizes: Sequence[int], on_phase: OnPhase = lambda phase: None) -> float:
+        """Run one optimizer step over micro-batches of these sizes, and give its loss.
+
+        Gradients are None before and after it, as `zero_grad()` leaves them.
+        """
+        total = torch.zeros((), device=self.device)
+        for size in sizes:
+            on_phase("batch")
+            batch = self._to_device(self.step.make_batch(size))
+            on_phase("forward")
+            with self._autocast():
+                loss = self.step.compute_loss(self.step.model, batch)
+            loss = check_loss(loss) * (size / sum(sizes))
+            total += loss.detach()
+            on_phase("backward")
+            (self._scaler.scale(loss) if self._scaler else loss).backward()
+        on_phase("optimizer")
+        if self._scaler:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(total)
+
+    def _to_device(self, batch: object) -> object:
+        return map_arrays(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = AUTOCAST_DTYPES.get(self.step.precision)
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+
+
+def make_optimizer(step: TrainingStep) -> Optimizer:
+    """The caller's optimizer, or a new one over the trainable parameters.
+
+    Raises:
+        InvalidInput: the model has no trainable parameters.
+    """
+    if isinstance(step.optimizer, Optimizer):
+        return step.optimizer
+    return step.optimizer(require_trainable(step.model))
+
+
+def check_loss(loss: object) -> torch.Tensor:
+    """The loss, if a training step can go backward from it.
+
+    Raises:
+        InvalidInput: it is not a scalar tensor that depends on trainable parameters.
+    """
+    if not isinstance(loss, torch.Tensor):
+        kind = type(loss).__name__
+        raise InvalidInput(f"the loss must be a scalar tensor, but is {kind}. Return the loss from training_step.")
+    if loss.numel() != 1:
+        raise InvalidInput(
+            f"the loss must be a scalar, but has the shape {tuple(loss.shape)}. Reduce it, as loss.mean() does."
+        )
+    if not loss.requires_grad:
+        raise InvalidInput("the loss does not depend on any trainable parameter, so there is nothing to train.")
+    return loss

@@ -1,0 +1,56 @@
+"""A training step, ready to run: the one description that probing, prediction, tuning and training share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autobatch.errors import InvalidInput
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one optimizer step runs. Made by `autobatch.workload.resolve` from a `Workload`."""
+
+    model: nn.Module
+    make_batch: Callable[[int], Any]
+    """A batch of n samples, on the CPU (or wherever the caller's own function puts it)."""
+    compute_loss: Callable[[nn.Module, Any], Tensor]
+    """The scalar loss of one micro-batch."""
+    optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
+    """The caller's own optimizer, or what makes one from the trainable parameters."""
+    precision: Precision = "fp32"
+    min_micro_batch: int = 1
+    """The fewest samples that the model can run on (2 where BatchNorm refuses a single one)."""
+    max_samples: int | None = None
+    """How many samples the data has, or None where that is not known."""
+    reserve_bytes: int = 0
+    """Bytes that training holds beside this step and no trial sees, such as DistributedDataParallel's gradient
+    buckets."""
+    assumptions: tuple[str, ...] = ()
+    """What was inferred rather than given, in sentences."""
+    warnings: tuple[str, ...] = ()
+    """What the caller should know about this step, in sentences."""
+
+
+def require_trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes.
+
+    Raises:
+        InvalidInput: there are none.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InvalidInput(
+            f"{type(model).__name__} has no trainable parameters, so there is no training step to fit. "
+            "Pass a model with parameters whose requires_grad is True."
+        )
+    return parameters
