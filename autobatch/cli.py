@@ -13,18 +13,18 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autobatch.errors import AutobatchError, InvalidInput, NothingFits, PlanFileError
+from autobatch.precision import Precision
 
 if TYPE_CHECKING:
     from autobatch.plan import TrainingPlan
     from autobatch.profile import DeviceProfile
     from autobatch.report.live import LiveProgress
 
-Precision = Literal["fp32", "bf16", "fp16"]  # as in workload.step, which would bring torch along
 
 USER_CODE_FAILED = 3
 INTERRUPTED = 130

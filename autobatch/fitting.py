@@ -20,12 +20,13 @@ from autobatch.devices import get_device
 from autobatch.devices.base import Device
 from autobatch.errors import InvalidInput, NothingFits
 from autobatch.plan import TrainingPlan
+from autobatch.precision import Precision
 from autobatch.probing import Answer, Attempts, Question, probe
 from autobatch.progress import OnProgress, SearchStarted
 from autobatch.units import format_bytes, parse_bytes
 from autobatch.workload import Workload, resolve
 from autobatch.workload.state import preserved
-from autobatch.workload.step import Precision, TrainingStep
+from autobatch.workload.step import TrainingStep
 
 LITTLE_HEADROOM = 0.02
 """Below this share of head-room the plan warns: allocators drift by a per cent or two over a run."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
 
 from autobatch.errors import InvalidInput, PlanFileError
+from autobatch.precision import Precision
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -150,7 +151,7 @@ class TrainingPlan(_Data):
     """The share of the limit that was left free."""
     verified: bool
     """Whether every size named in `micro_batch_sizes` ran whole training steps within the budget."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     trials: tuple[Trial, ...] = ()
     device: DeviceInfo
     versions: dict[str, str] = {}
@@ -289,6 +290,8 @@ class TrainingPlan(_Data):
             PlanFileError: the file cannot be written (no such folder, no permission, disk full).
         """
         path = Path(path)
+        if path.exists() and not path.is_file():
+            raise PlanFileError(f"the plan could not be written to {path}: it is not a file. Save it elsewhere.")
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             try:

@@ -11,9 +11,9 @@ from autobatch.devices import get_device
 from autobatch.errors import NothingFits
 from autobatch.fitting import fit
 from autobatch.plan import DeviceInfo, TrainingPlan
+from autobatch.precision import Precision
 from autobatch.progress import OnProgress
 from autobatch.workload.reference import REFERENCES, Reference
-from autobatch.workload.step import Precision
 
 
 class _Data(BaseModel):

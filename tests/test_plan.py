@@ -204,8 +204,8 @@ def test_a_full_disk_leaves_the_older_plan_as_it_was(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_full_device_is_a_clear_error():
+def test_a_path_that_is_not_a_file_is_never_replaced():
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    with pytest.raises(PlanFileError, match="could not be written to /dev/full"):
-        make_plan().save("/dev/full/plan.json")
+    with pytest.raises(PlanFileError, match="could not be written to /dev/full: it is not a file"):
+        make_plan().save("/dev/full")

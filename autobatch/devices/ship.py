@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
+import re
 from typing import Any, BinaryIO
 
 import cloudpickle
@@ -70,6 +71,26 @@ def _memory_of(storage: torch.UntypedStorage) -> memoryview:
     return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
 
 
+def _operators_defined_here() -> dict[str, list[str]]:
+    """Name and schemas of the operators that this process defined with torch.library, beside torch's own."""
+    defined = {name.partition(".")[0] for name in torch.library._defs}
+    names = [name for name in defined if name.partition("::")[0] not in ("aten", "prims")]
+    return {name: [str(schema) for schema in torch._C._jit_get_schemas_for_operator(name)] for name in names}
+
+
+def _define_if_missing(error: Exception, operators: dict[str, list[str]]) -> bool:
+    """Whether the error was that of a missing operator that the sender has, which is now defined here too.
+
+    A script defines operators as it runs, and it does not run here; modules that register kernels for them need them.
+    """
+    missing = re.search(r"operator (\S+::\w+) does not exist", str(error))
+    schemas = operators.pop(missing[1], []) if missing else []
+    for schema in schemas:
+        name, signature = schema.split("(", 1)
+        torch.library.define(name, f"({signature}")
+    return bool(schemas)
+
+
 def dump(obj: object, stream: BinaryIO) -> None:
     """Write `obj` to `stream`, for `load` in another process.
 
@@ -86,7 +107,7 @@ def dump(obj: object, stream: BinaryIO) -> None:
             "Keep open files, locks, threads and generators out of the model, the data and the loss, "
             "or make them when they are first used."
         ) from error
-    pickle.dump(objects.getbuffer().nbytes, stream)
+    pickle.dump((objects.getbuffer().nbytes, _operators_defined_here()), stream)
     stream.write(objects.getbuffer())
     for storage in pickler.storages.values():
         if storage.nbytes():
@@ -96,9 +117,16 @@ def dump(obj: object, stream: BinaryIO) -> None:
 
 def load(stream: BinaryIO) -> Any:
     """Read what `dump` wrote. What the objects' own modules raise while they are imported passes through."""
-    size = pickle.load(stream)
-    unpickler = _Unpickler(io.BytesIO(stream.read(size)))
-    obj = unpickler.load()
+    size, operators = pickle.load(stream)
+    objects = stream.read(size)
+    while True:
+        unpickler = _Unpickler(io.BytesIO(objects))
+        try:
+            obj = unpickler.load()
+            break
+        except RuntimeError as error:
+            if not _define_if_missing(error, operators):
+                raise
     for _, storage in sorted(unpickler.storages.items()):
         if storage.nbytes():
             view, done = _memory_of(storage), 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from autobatch.devices.oom import Diagnosis
     from autobatch.workload.step import TrainingStep
 
-SETTLING_STEPS = 8
+SETTLING_STEPS = 6
 """Steps at most that a trial at the very edge of the limit runs until its peak no longer grows."""
+QUIET_STEPS = 3
+"""Steps without growth after which a peak counts as settled: a heap's peak stands still for a step or two on its way
+up."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Request:
     limit_bytes: int
     settle_above_bytes: int
     """A peak above this has to be settled: steps are repeated until it no longer grows."""
+    heap: int = 0
+    """Which heap to start from: 0 as it is after loading, others disturbed, each in its own way."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ class Outcome:
 class _Progress:
     """How far a trial came, kept outside the frames of the step so that a failure can be told."""
 
+    heap: list[bytearray]
+    """What disturbs the heap, held for as long as the trial runs."""
     phase: str = "start"
     samples: int = 0
     turn_bytes: int | None = None
@@ -183,7 +191,7 @@ def _trial(step: TrainingStep, settings: Settings, request: Request) -> Outcome:
 
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    progress = _Progress()
+    progress = _Progress(_disturb_heap(request.heap))
     try:
         process_memory.limit_data(request.limit_bytes)
         return _steps(step, request, progress)
@@ -197,6 +205,15 @@ def _trial(step: TrainingStep, settings: Settings, request: Request) -> Outcome:
             error_text=traceback.format_exc(),
             error=_pickled(error),
         )
+
+
+def _disturb_heap(seed: int) -> list[bytearray]:
+    """Make the heap like another process's: some two MiB of small blocks, to be held, and gaps between them.
+
+    Forks of one process repeat each other to the byte, while fresh processes differ.
+    """
+    sizes = random.Random(seed).choices(range(1 << 10, 64 << 10), k=128 if seed else 0)
+    return [bytearray(size) for size in sizes][::2]
 
 
 def _steps(step: TrainingStep, request: Request, progress: _Progress) -> Outcome:
@@ -231,7 +248,7 @@ def _until_settled(request: Request) -> Iterator[None]:
     """One more step while the peak is at the edge and still growing: a heap fragments over the first steps."""
     peak, quiet = process_memory.peak_data_bytes(), 0
     for _ in range(SETTLING_STEPS):
-        if peak <= request.settle_above_bytes or quiet == 2:
+        if peak <= request.settle_above_bytes or quiet == QUIET_STEPS:
             return
         yield
         peak, before = process_memory.peak_data_bytes(), peak

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autobatch.workload.step import Precision
+from autobatch.precision import Precision
 from autobatch.workload.workload import Workload
 
 _CLASSES = 100

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autobatch.errors import InvalidInput
-from autobatch.workload.step import Precision, require_trainable
+from autobatch.precision import Precision
+from autobatch.workload.step import require_trainable
 
 
 @dataclass(frozen=True)
