@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Stamps say what is installed, so that a second run is quick. Another TORCH is another stamp.
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 STAMP := $(VENV)/.installed
+CONSTRAINTS := $(VENV)/torch.txt
 
 .PHONY: help demo test lint format clean
 
@@ -40,21 +41,22 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# torch first and alone: whichever build it is, everything else then takes it as it is.
+# torch first and alone, and then held where it is: the newest torchvision would bring another.
 $(TORCH_STAMP): $(VENV)/.created
 	@echo "Installing $(TORCH) into $(VENV), once; this takes a few minutes."
 	$(PIP) install "$(TORCH)"
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch").split("+")[0])' > $(CONSTRAINTS)
 	@rm -f $(STAMP)-base $(STAMP)-dev $(STAMP)-test
 	@touch $@
 
 $(STAMP)-base: $(TORCH_STAMP) pyproject.toml
-	$(PIP) install -e .
+	$(PIP) install -c $(CONSTRAINTS) -e .
 	@touch $@
 
 $(STAMP)-dev: $(TORCH_STAMP) pyproject.toml
-	$(PIP) install -e ".[dev]"
+	$(PIP) install -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
 $(STAMP)-test: $(TORCH_STAMP) pyproject.toml
-	$(PIP) install -e ".[dev,huggingface,vision,lightning,examples]"
+	$(PIP) install -c $(CONSTRAINTS) -e ".[dev,huggingface,vision,lightning,examples]"
 	@touch $@

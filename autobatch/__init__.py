@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         InvalidInput,
         NothingFits,
         PlanFileError,
+        RankFailed,
         TrialCrashed,
         WorkloadNotPortable,
     )
@@ -40,6 +41,7 @@ _HOMES = {
             "InvalidInput",
             "NothingFits",
             "PlanFileError",
+            "RankFailed",
             "TrialCrashed",
             "WorkloadNotPortable",
         ],
@@ -56,6 +58,7 @@ __all__ = [
     "InvalidInput",
     "NothingFits",
     "PlanFileError",
+    "RankFailed",
     "TrainingPlan",
     "Trial",
     "TrialCrashed",

@@ -52,8 +52,10 @@ def batch_size(batch: Any) -> int:
     return find_layout(batch).size
 
 
-def find_layout(batch: Any) -> Layout:
+def find_layout(batch: Any, expected: int | None = None) -> Layout:
     """Find the batch dimension of every array in one collated batch.
+
+    Where something in the batch is `expected` long, that is the batch size. Else it has to be guessed:
 
     A list or tuple of mappings holds one mapping per sample, so its length is the batch size. Otherwise every array
     votes for each of its sizes and once more for its first one, so that `(8, 512), (8, 512), (1, 512)` has 8 samples
@@ -65,7 +67,9 @@ def find_layout(batch: Any) -> Layout:
     """
     nodes = list(_walk(batch))
     records = [len(node) for _, node in nodes if _is_plain_sequence(node) and _all_are(node, Mapping)]
-    if records:
+    if expected is not None and any(expected in _sizes(node) for _, node in nodes):
+        size = expected
+    elif records:
         size = Counter(records).most_common(1)[0][0]
     else:
         votes: Counter[int] = Counter()

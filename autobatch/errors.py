@@ -53,6 +53,12 @@ class TrialCrashed(AutobatchError):
     exit_code = 3
 
 
+class RankFailed(AutobatchError):
+    """Another rank of the group failed, so the ranks have no answer together."""
+
+    exit_code = 3
+
+
 class DevicePoisoned(AutobatchError):
     """The CUDA context is beyond use after an error in a kernel: nothing can run in this process any more."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import autobatch
 from autobatch import ranks
 from autobatch.devices import get_device
 from autobatch.devices.base import Device
-from autobatch.errors import InvalidInput, NothingFits
+from autobatch.errors import AutobatchError, InvalidInput, NothingFits
 from autobatch.plan import TrainingPlan
 from autobatch.precision import Precision
 from autobatch.probing import Answer, Attempts, Question, probe
@@ -26,7 +26,7 @@ from autobatch.progress import OnProgress, SearchStarted
 from autobatch.units import format_bytes, parse_bytes
 from autobatch.workload import Workload, resolve
 from autobatch.workload.state import preserved
-from autobatch.workload.step import TrainingStep
+from autobatch.workload.step import TrainingStep, require_trainable
 
 LITTLE_HEADROOM = 0.02
 """Below this share of head-room the plan warns: allocators drift by a per cent or two over a run."""
@@ -80,20 +80,24 @@ def fit(
         DeviceUnavailable, DevicePoisoned, TrialCrashed, WorkloadNotPortable: see `autobatch.errors`.
         Exception: whatever the model's own code raises, as it is, with the micro-batch size in a note.
     """
+    if progress is not None and not callable(progress):
+        raise InvalidInput(f"progress must be callable with one event, but is {progress!r}.")
     workload = _as_workload(model, data, loss, training_step, optimizer, precision)
     question = Question.checked(target, headroom, world_size, max_micro_batch, exact)
-    spot = get_device(device, None if memory_limit is None else parse_bytes(memory_limit))
+    place = _device_of(workload.model) if device is None else device
+    spot = get_device(place, None if memory_limit is None else parse_bytes(memory_limit))
     try:
         spot.prepare()
-        with preserved(workload, tensors=False):
+        with preserved(workload, tensors=False), ranks.failing_together(question.together):
             step = resolve(workload)
             budget = int(spot.limit_bytes * (1 - max(headroom, spot.least_headroom))) - step.reserve_bytes
             with spot.trials(step, budget) as run:
-                attempt = Attempts(run, budget, progress or (lambda event: None))
+                attempt = Attempts(run, budget, progress or (lambda event: None), spot.peaks_grow)
                 attempt.progress(SearchStarted(spot.info, budget, spot.limit_bytes, question.cap))
                 answer = probe(attempt, step, question)
-            if answer is None:
-                raise _nothing_fits(spot, step, question, attempt, device)
+        if answer is None:
+            needed = _needed(attempt, step, None if memory_limit is None else get_device(place))
+            raise _nothing_fits(spot, step, question, attempt, needed)
         return _plan(answer, spot, step, question, attempt)
     finally:
         spot.close()
@@ -111,32 +115,41 @@ def _as_workload(model: Any, data: Any, loss: Any, training_step: Any, optimizer
     return replace(model, precision=precision) if precision != "fp32" else model
 
 
+def _device_of(model: nn.Module) -> object:
+    """The GPU that the model is on already, or None: the choice is open."""
+    on = next((tensor.device for tensor in model.parameters()), None)
+    return on if on is not None and on.type == "cuda" else None
+
+
+def _needed(attempt: Attempts, step: TrainingStep, unlimited: Device | None) -> int | None:
+    """Bytes that the smallest micro-batch takes. Where it ran out under the caller's limit, it is run once more
+    without."""
+    peak = attempt.smallest.peak_bytes
+    if peak is None and unlimited is not None:
+        # That it does not run there either leaves the need unknown.
+        with suppress(AutobatchError), closing(unlimited), unlimited.trials(step, unlimited.limit_bytes) as run:
+            peak = run(attempt.smallest.micro_batch_sizes).peak_bytes
+    return None if peak is None else peak + step.reserve_bytes
+
+
 def _nothing_fits(
-    spot: Device, step: TrainingStep, question: Question, attempt: Attempts, device: object
+    spot: Device, step: TrainingStep, question: Question, attempt: Attempts, needed: int | None
 ) -> NothingFits:
-    """The error for that. Where the smallest micro-batch ran out, it is measured without the caller's limit."""
-    smallest = min(attempt.trials, key=lambda trial: trial.micro_batch_size)
-    needed = smallest.peak_bytes
-    if needed is None:
-        with closing(get_device(device)) as whole:
-            if whole.limit_bytes > spot.limit_bytes:
-                with whole.trials(step, whole.limit_bytes) as run:
-                    needed = run(smallest.micro_batch_sizes).peak_bytes
     advice = [
         'precision="bf16", activation checkpointing, smaller inputs, an optimizer with less state, or a smaller model'
     ]
     if needed is not None:
-        needed += step.reserve_bytes
         headroom = max(question.headroom, spot.least_headroom)
         advice.insert(0, f"a limit of at least {format_bytes(math.ceil(needed / (1 - headroom)))}")
-        if needed <= spot.limit_bytes:
+        if needed <= spot.limit_bytes * (1 - spot.least_headroom):
             advice.insert(0, f"less head-room (it fits in the limit, but does not leave {headroom:.0%} of it free)")
+    smallest = attempt.smallest
     size = smallest.micro_batch_size
+    takes = f"more than there is: {smallest.detail}" if needed is None else format_bytes(needed)
     return NothingFits(
-        f"nothing fits: a training step with micro-batches of {size} sample{'s' if size > 1 else ''} takes "
-        f"{'more than there is' if needed is None else format_bytes(needed)}, and the budget is "
-        f"{format_bytes(attempt.budget_bytes)} ({format_bytes(spot.limit_bytes)} less head-room) on {spot.info.name}. "
-        f"Try {', or '.join(advice)}.",
+        f"nothing fits: a training step with micro-batches of {size} sample{'s' if size > 1 else ''} takes {takes}, and "
+        f"the budget is {format_bytes(attempt.budget_bytes)} ({format_bytes(spot.limit_bytes)} less head-room) on "
+        f"{spot.info.name}. Try {', or '.join(advice)}.",
         needed_bytes=needed,
         budget_bytes=attempt.budget_bytes,
     )
@@ -156,7 +169,7 @@ def _plan(answer: Answer, spot: Device, step: TrainingStep, question: Question, 
         limit_bytes=spot.limit_bytes,
         budget_bytes=attempt.budget_bytes,
         headroom=headroom,
-        verified=set(answer.sizes) <= attempt.sizes_that_fit,
+        verified=set(answer.sizes) <= attempt.sizes_confirmed,
         precision=step.precision,
         trials=tuple(attempt.trials),
         device=spot.info,
@@ -175,8 +188,8 @@ def _versions() -> dict[str, str]:
 def _warnings(
     answer: Answer, step: TrainingStep, question: Question, attempt: Attempts, headroom: float
 ) -> Iterator[str]:
-    frozen = step.model.training  # then a layer in eval mode was put there on purpose
-    norms = [n for n, m in step.model.named_modules() if isinstance(m, _BatchNorm) and (m.training or not frozen)]
+    as_set = step.model.training  # then a layer in eval mode was put there on purpose, and stays
+    norms = [n for n, m in step.model.named_modules() if isinstance(m, _BatchNorm) and (m.training or not as_set)]
     if norms and len(answer.sizes) > 1:
         named = ", ".join(norms[:3]) + (f" and {len(norms) - 3} more" if len(norms) > 3 else "")
         yield (
@@ -197,6 +210,14 @@ def _warnings(
         yield (
             f"only {headroom:.0%} of the memory is left free: fragmentation, a larger sample or an evaluation pass may "
             "run out. The default head-room is 5 %."
+        )
+    if answer.cut_short:
+        yield f"the search stopped after {len(attempt.trials)} trials, as peaks follow no line here: more may fit."
+    if question.world_size > 1 and not step.reserve_bytes:
+        buckets = sum(p.numel() * p.element_size() for p in require_trainable(step.model))
+        yield (
+            f"DistributedDataParallel would hold gradient buckets of {format_bytes(buckets)} more on each rank than "
+            "the trials did. Pass the wrapped model to have them counted, or leave that much head-room."
         )
     if any("not a number" in trial.detail for trial in attempt.trials):
         yield "the loss was not a number (NaN) in a trial. Memory is not affected, but training would be."

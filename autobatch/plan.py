@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from autobatch.errors import InvalidInput, PlanFileError
+from autobatch.files import write_whole
 from autobatch.precision import Precision
 
 if TYPE_CHECKING:
@@ -35,8 +36,12 @@ class Verdict(str, Enum):
     FAILED = "failed"
 
 
+Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
+Samples = Annotated[int, Field(ge=1, le=1 << 60)]
+
+
 class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Trial(_Data):
@@ -111,13 +116,30 @@ def micro_batches(samples: int, largest: int, smallest: int = 1) -> tuple[int, .
     Raises:
         InvalidInput: every such split needs a micro-batch of fewer than `smallest` samples.
     """
+    if samples < 1:
+        raise InvalidInput("there are no samples to split into micro-batches.")
     sizes = split_evenly(samples, math.ceil(samples / largest))
     if sizes[-1] < smallest:
         raise InvalidInput(
             f"{samples} samples cannot be split into micro-batches of {smallest} to {largest} samples, and the model "
-            f"does not run on fewer than {smallest}. Choose a target that is a multiple of {smallest * 2}."
+            f"does not run on fewer than {smallest}. Use a multiple of {smallest}; a loader's last batch can be left out "
+            "with drop_last=True."
         )
     return sizes
+
+
+def micro_batches_of_ranks(target: int, world_size: int, largest: int, smallest: int = 1) -> list[tuple[int, ...]]:
+    """Every rank's micro-batches: all ranks take the same number of steps, where their shares can be cut so.
+
+    Raises:
+        InvalidInput: some share can only be cut with a micro-batch of fewer than `smallest` samples.
+    """
+    shares = split_evenly(target, world_size)
+    steps = len(micro_batches(shares[0], largest, smallest))
+    return [
+        split_evenly(share, steps) if share >= steps * smallest else micro_batches(share, largest, smallest)
+        for share in shares
+    ]
 
 
 class TrainingPlan(_Data):
@@ -127,27 +149,27 @@ class TrainingPlan(_Data):
     """
 
     schema_version: Literal[1] = 1
-    target_batch_size: int
+    target_batch_size: Samples
     """Samples behind one optimizer step, over all ranks. The plan hits it exactly."""
-    world_size: int = 1
+    world_size: Samples = 1
     rank: int = 0
     """The rank whose micro-batches `micro_batch_sizes` lists; see `for_rank`."""
     micro_batch_sizes: tuple[int, ...]
     """This rank's micro-batches of one optimizer step, in order."""
-    max_micro_batch_size: int
+    max_micro_batch_size: Samples
     """The largest micro-batch that ran within the budget."""
-    min_micro_batch_size: int = 1
+    min_micro_batch_size: Samples = 1
     """The fewest samples that the model runs on."""
     max_is_exact: bool = False
     """Whether one sample more was tried and did not fit, or was not needed; otherwise the maximum may be up to 2 %
     more."""
-    peak_bytes: int
+    peak_bytes: Bytes
     """The most that a training step with these micro-batches held on the device."""
-    limit_bytes: int
+    limit_bytes: Bytes
     """What the training process may take there."""
     budget_bytes: int
     """`limit_bytes` less the head-room: what a step was allowed to take."""
-    headroom: float
+    headroom: Annotated[float, Field(ge=0, lt=1)]
     """The share of the limit that was left free."""
     verified: bool
     """Whether every size named in `micro_batch_sizes` ran whole training steps within the budget."""
@@ -180,6 +202,11 @@ class TrainingPlan(_Data):
             )
         if not all(1 <= size <= self.max_micro_batch_size for size in self.micro_batch_sizes):
             raise ValueError(f"micro_batch_sizes go beyond max_micro_batch_size, {self.max_micro_batch_size}")
+        ran = {size for trial in self.trials if trial.fits for size in trial.micro_batch_sizes}
+        if self.verified and not (set(self.micro_batch_sizes) <= ran and self.peak_bytes <= self.budget_bytes):
+            raise ValueError(
+                "it is said to be verified, but its trials do not show that these sizes ran within the budget"
+            )
         return self
 
     @computed_field  # type: ignore[prop-decorator]  # in the JSON too, for readers that are not Python
@@ -204,8 +231,10 @@ class TrainingPlan(_Data):
             raise InvalidInput(
                 f"rank {rank} is not one of this plan's {self.world_size} ranks (0 to {self.world_size - 1})."
             )
-        share = split_evenly(self.target_batch_size, self.world_size)[rank]
-        return self._with_sizes(micro_batches(share, self.micro_batch_size, self.min_micro_batch_size), rank)
+        lists = micro_batches_of_ranks(
+            self.target_batch_size, self.world_size, self.max_micro_batch_size, self.min_micro_batch_size
+        )
+        return self._with_sizes(lists[rank], rank)
 
     def uniform(self) -> TrainingPlan:
         """The plan with one single micro-batch size, for frameworks that take no other: the largest that divides a
@@ -233,12 +262,15 @@ class TrainingPlan(_Data):
         verified = set(sizes) <= {size for trial in self.trials if trial.fits for size in trial.micro_batch_sizes}
         return self.model_copy(update={"micro_batch_sizes": sizes, "rank": rank, "verified": verified})
 
-    def split(self, batch: Any) -> Iterator[tuple[Any, float]]:
+    def split(self, batch: Any, samples: int | None = None) -> Iterator[tuple[Any, float]]:
         """Cut one rank's batch into micro-batches, each with the weight that its mean loss must be given.
 
         Args:
             batch: any nest of tuples, lists, dicts and dataclasses of tensors; views are made, not copies. A batch of
                 another size than this rank's share (a loader's last one) is split into as few micro-batches as fit.
+            samples: how many samples the batch has, where that is not this rank's share and its first dimension does
+            not
+                tell, as for tensors of (time, samples).
 
         Yields:
             `(micro_batch, weight)`. `sum(weight * mean_loss)` over the micro-batches is the mean loss of the batch, and
@@ -250,12 +282,13 @@ class TrainingPlan(_Data):
         """
         from autobatch import batches
 
-        samples = batches.batch_size(batch)
         sizes = self.micro_batch_sizes
         total = self.target_batch_size / self.world_size
-        if samples != sum(sizes):
-            sizes, total = micro_batches(samples, self.max_micro_batch_size, self.min_micro_batch_size), samples
-        for micro, size in zip(batches.split(batch, sizes), sizes, strict=True):
+        layout = batches.find_layout(batch, expected=samples or sum(sizes))
+        if layout.size != sum(sizes):
+            sizes = micro_batches(layout.size, self.max_micro_batch_size, self.min_micro_batch_size)
+            total = layout.size
+        for micro, size in zip(batches.split(batch, sizes, layout), sizes, strict=True):
             yield micro, size / total
 
     def scaled_lr(self, base_lr: float, base_batch: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
@@ -267,8 +300,8 @@ class TrainingPlan(_Data):
         Raises:
             InvalidInput: `base_batch` is below 1, or the rule is another.
         """
-        if base_batch < 1:
-            raise InvalidInput(f"base_batch must be at least 1 sample, but is {base_batch}.")
+        if base_batch < 1 or not base_lr > 0:
+            raise InvalidInput(f"base_lr and base_batch must be positive, but are {base_lr} and {base_batch}.")
         ratio = self.target_batch_size / base_batch
         if rule == "linear":
             return base_lr * ratio
@@ -289,20 +322,11 @@ class TrainingPlan(_Data):
         Raises:
             PlanFileError: the file cannot be written (no such folder, no permission, disk full).
         """
-        path = Path(path)
-        if path.exists() and not path.is_file():
-            raise PlanFileError(f"the plan could not be written to {path}: it is not a file. Save it elsewhere.")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            try:
-                partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_whole(Path(path), self.model_dump_json(indent=2) + "\n")
         except OSError as error:
-            raise PlanFileError(
-                f"the plan could not be written to {path}: {error.strerror or error}. Save it elsewhere."
-            ) from error
+            reason = error.strerror or error
+            raise PlanFileError(f"the plan could not be written to {path}: {reason}. Save it elsewhere.") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainingPlan:
@@ -312,7 +336,8 @@ class TrainingPlan(_Data):
             PlanFileError: the file is missing, damaged, or of a schema version that this autobatch does not know.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            data = json.loads(text)
         except OSError as error:
             raise PlanFileError(f"the plan {path} could not be read: {error.strerror or error}.") from error
         except ValueError as error:  # not JSON, or not even text
@@ -328,7 +353,7 @@ class TrainingPlan(_Data):
                 "Use the autobatch that wrote it, or make the plan again."
             )
         try:
-            return cls.model_validate(data)
+            return cls.model_validate_json(text)  # strict, where JSON has a type of its own
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the plan"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from autobatch import ranks
 from autobatch.devices.base import RunTrial
 from autobatch.errors import InvalidInput
-from autobatch.plan import Trial, micro_batches, split_evenly
+from autobatch.plan import Trial, Verdict, micro_batches_of_ranks, split_evenly
 from autobatch.progress import OnProgress, TrialEnded, TrialStarted
 from autobatch.search import MicroBatchSearch
 from autobatch.workload.step import TrainingStep
@@ -23,6 +24,8 @@ class Question:
     max_micro_batch: int | None
     headroom: float
     exact: bool
+    together: bool
+    """Whether the ranks of an initialised group answer this together."""
 
     @classmethod
     def checked(cls, target: Any, headroom: Any, world_size: Any, max_micro_batch: Any, exact: bool) -> Question:
@@ -35,7 +38,7 @@ class Question:
         for name, value in whole_numbers.items():
             if value is None and name != "target":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, SupportsIndex) or index(value) < 1:
                 raise InvalidInput(f"{name} must be a whole number of at least 1, but is {value!r}.")
         if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
             raise InvalidInput(
@@ -47,22 +50,22 @@ class Question:
                 f"a target of {target} samples is smaller than the {world} ranks that share it: every rank needs at "
                 f"least one. Choose a target of at least {world}."
             )
-        return cls(target, world, max_micro_batch, float(headroom), exact)
-
-    @property
-    def shares(self) -> set[int]:
-        """Samples of one optimizer step that a rank may have: one number, or two that differ by one."""
-        return set(split_evenly(self.target, self.world_size))
+        most = None if max_micro_batch is None else index(max_micro_batch)
+        return cls(index(target), index(world), most, float(headroom), exact, together=world_size is None)
 
     @property
     def share(self) -> int:
         """Samples of one optimizer step on the rank that has most."""
-        return max(self.shares)
+        return split_evenly(self.target, self.world_size)[0]
 
     @property
     def cap(self) -> int:
         """The largest micro-batch worth trying."""
         return min(self.share, self.max_micro_batch or self.share)
+
+    def smallest(self, size: int) -> int:
+        """The smallest of the sizes that the ranks have found, where they answer together."""
+        return ranks.smallest(size) if self.together else size
 
 
 @dataclass
@@ -72,19 +75,34 @@ class Attempts:
     run: RunTrial
     budget_bytes: int
     progress: OnProgress
+    peaks_grow: bool
+    """Whether only a thorough trial confirms a size on this device."""
     trials: list[Trial] = field(default_factory=list)
+    sizes_confirmed: set[int] = field(default_factory=set)
+    """Every size that ran within the budget, as thoroughly as the device asks for."""
 
-    def __call__(self, sizes: tuple[int, ...]) -> Trial:
+    def __call__(self, sizes: tuple[int, ...], thorough: bool = False) -> Trial:
         self.progress(TrialStarted(max(sizes)))
-        trial = self.run(sizes)
-        self.trials.append(trial)
-        self.progress(TrialEnded(trial, self.budget_bytes))
+        try:
+            trial = self.run(sizes, thorough)
+        except Exception as error:
+            self._note(
+                Trial(micro_batch_sizes=sizes, verdict=Verdict.FAILED, detail=f"{type(error).__name__}: {error}")
+            )
+            raise
+        if trial.fits and (thorough or not self.peaks_grow):
+            self.sizes_confirmed.update(sizes)
+        self._note(trial)
         return trial
 
     @property
-    def sizes_that_fit(self) -> set[int]:
-        """Every micro-batch size that ran within the budget."""
-        return {size for trial in self.trials if trial.fits for size in trial.micro_batch_sizes}
+    def smallest(self) -> Trial:
+        """The trial of the smallest size."""
+        return min(self.trials, key=lambda trial: trial.micro_batch_size)
+
+    def _note(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        self.progress(TrialEnded(trial, self.budget_bytes))
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,8 @@ class Answer:
     """Whether one sample more did not fit, or is not needed."""
     sizes: tuple[int, ...]
     """The micro-batches of one optimizer step on the rank with the largest share."""
+    cut_short: bool
+    """Whether the search ran out of trials before it had closed in on the answer."""
 
 
 def probe(attempt: Attempts, step: TrainingStep, question: Question) -> Answer | None:
@@ -111,16 +131,40 @@ def probe(attempt: Attempts, step: TrainingStep, question: Question) -> Answer |
             "(BatchNorm cannot normalise a single one). Choose a larger target or max_micro_batch."
         )
     search = _search(attempt, step, question)
-    largest = agreed = ranks.smallest(search.best or 0)
+    agreed = question.smallest(search.best or 0)
     while agreed:
         largest = agreed
-        lists = [micro_batches(share, largest, step.min_micro_batch) for share in sorted(question.shares, reverse=True)]
-        fitted = all(set(sizes) <= attempt.sizes_that_fit or attempt(_ends(sizes)).fits for sizes in lists)
-        # Where less does not fit although more did (memory need not be monotone), the plan takes clearly smaller ones.
-        agreed = ranks.smallest(largest if fitted else lists[0][0] - max(1, lists[0][0] // 50))
+        lists = micro_batches_of_ranks(question.target, question.world_size, largest, step.min_micro_batch)
+        named = list(dict.fromkeys(lists))
+        failed = next((trial for sizes in named if (trial := _confirm(attempt, sizes)) and not trial.fits), None)
+        agreed = question.smallest(largest if failed is None else _smaller(attempt, failed))
         if agreed == largest:
-            return Answer(largest, search.proved and search.best == largest, lists[0])
+            return Answer(largest, search.proved and search.best == largest, lists[0], search.cut_short)
+        if agreed < step.min_micro_batch:
+            return None
     return None
+
+
+def _confirm(attempt: Attempts, sizes: tuple[int, ...]) -> Trial | None:
+    """Run sizes that the plan will name, unless that has been done as thoroughly as the device asks for."""
+    if set(sizes) <= attempt.sizes_confirmed:
+        return None
+    # Of several micro-batches the first and the last are all sizes there are; the larger comes second, as the earlier
+    # one's gradients are held then.
+    return attempt(sizes if len(sizes) == 1 else (sizes[-1], sizes[0]), thorough=True)
+
+
+def _smaller(attempt: Attempts, failed: Trial) -> int:
+    """A clearly smaller size than one that failed although as much had fitted: memory need not be monotone, or settle
+    at once. By the line through the smallest trial where the peak is known, else by a tenth."""
+    size = failed.micro_batch_size
+    smallest = attempt.smallest
+    guess = size - max(1, size // 10)
+    if failed.peak_bytes and smallest.peak_bytes and failed.peak_bytes > smallest.peak_bytes:
+        room = (attempt.budget_bytes - smallest.peak_bytes) / (failed.peak_bytes - smallest.peak_bytes)
+        line = smallest.micro_batch_size + int((size - smallest.micro_batch_size) * room)
+        guess = min(size - max(1, size // 50), max(guess, line))
+    return guess
 
 
 def _search(attempt: Attempts, step: TrainingStep, question: Question) -> MicroBatchSearch:
@@ -135,11 +179,6 @@ def _search(attempt: Attempts, step: TrainingStep, question: Question) -> MicroB
         whole_saving_bytes=gradients if whole else 0,
     )
     while (size := search.propose()) is not None:
-        trial = attempt((size,) if whole and size == question.cap else (size, size))
+        trial = attempt((size,) if whole and size == question.cap else (size, size), thorough=question.exact)
         search.observe(size, fits=trial.fits, peak_bytes=trial.peak_bytes, turn_bytes=trial.turn_bytes)
     return search
-
-
-def _ends(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The first and the last of several micro-batches: between them they are all the sizes there are."""
-    return sizes if len(sizes) == 1 else (sizes[0], sizes[-1])

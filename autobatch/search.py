@@ -28,6 +28,9 @@ MAX_TRIALS = 12
 """The default search ends here; an exact one only bisects from here on."""
 TOLERANCE = 0.02
 """The default search may leave this fraction of the samples that are possible."""
+FEW = 32
+"""Up to so many smallest sizes, the whole target is tried although the smallest ran out of memory at an unknown
+peak."""
 NOISE = 0.005
 """How far a measured size may be from the line, as a fraction of it."""
 LEEWAY = 0.03
@@ -152,6 +155,14 @@ class MicroBatchSearch:
     def proved(self) -> bool:
         """Whether `best` is all that is needed, or one sample more was seen not to fit."""
         return self.best is not None and (self.best == self.cap or any(o.n == self.best + 1 for o in self._failures))
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the search stopped for having run `MAX_TRIALS`, with `best` short of what a failure leaves
+        possible."""
+        high = next(iter(self._failures), None)
+        open_ended = high is None or high.n - 1 > (self.best or 0) * (1 + TOLERANCE)
+        return not self.exact and self.trials >= MAX_TRIALS and self.best != self.cap and open_ended
 
     def propose(self) -> int | None:
         """The micro-batch size to try next, or None when the search is over. The same until it was observed."""
@@ -285,9 +296,11 @@ class MicroBatchSearch:
                 corrected = self._prior_line(high.n, high.peak).likely(self.budget_bytes)
                 return max(self.minimum, min(math.floor(corrected / (1 + TOLERANCE / 2)), high.n - 1))
             return self.minimum
-        if self.cap in self._seen or not high.peak or high.peak > self.budget_bytes + self.whole_saving_bytes:
+        if self.cap in self._seen or not self.whole_saving_bytes:
             return None
-        return self.cap
+        if high.peak is None:  # the saving may just be enough for a few samples; for many it is not
+            return self.cap if self.cap <= FEW * self.minimum else None
+        return self.cap if high.peak <= self.budget_bytes + self.whole_saving_bytes else None
 
     def _predicted(self, prior: Callable[[int], float]) -> int:
         """The answer if the prior is right."""

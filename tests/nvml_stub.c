@@ -1,8 +1,9 @@
 /* A stand-in for libnvidia-ml.so.1 with one GPU, whose answers the tests set in the environment:
  *
  *   STUB_INIT, STUB_FIND, STUB_MEMORY, STUB_PROCESSES   the code that the call returns (0: success)
+ *   STUB_MEMORY_V2                                      likewise, of the second version of the memory call alone
  *   STUB_OWN_UUID, STUB_OWN_BUS                         by which the GPU is found
- *   STUB_TOTAL, STUB_FREE                               bytes
+ *   STUB_TOTAL, STUB_FREE, STUB_RESERVED                bytes; those reserved are the driver's own
  *   STUB_PIDS                                           "pid:bytes,pid:bytes"; bytes -1: not available
  *   STUB_MIG_MODE, STUB_MIG_SLICE                       1 or 0; not set: not supported
  */
@@ -10,9 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SUCCESS = 0, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7 };
+enum { SUCCESS = 0, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, VERSION_MISMATCH = 25 };
 
 typedef struct { unsigned long long total, free, used; } Memory;
+typedef struct { unsigned int version; unsigned long long total, reserved, free, used; } MemoryV2;
 typedef struct { unsigned int pid; unsigned long long used; unsigned int gpu_instance, compute_instance; } Process;
 
 static const char *text(const char *name, const char *fallback) {
@@ -55,6 +57,15 @@ int nvmlDeviceGetMemoryInfo(void *device, Memory *memory) {
     memory->free = bytes("STUB_FREE");
     memory->used = memory->total - memory->free;
     return code("STUB_MEMORY");
+}
+int nvmlDeviceGetMemoryInfo_v2(void *device, MemoryV2 *memory) {
+    (void)device;
+    if (memory->version != (sizeof(MemoryV2) | 2u << 24)) return VERSION_MISMATCH;
+    memory->total = bytes("STUB_TOTAL");
+    memory->reserved = bytes("STUB_RESERVED");
+    memory->free = bytes("STUB_FREE");
+    memory->used = memory->total - memory->free - memory->reserved;
+    return code(getenv("STUB_MEMORY_V2") ? "STUB_MEMORY_V2" : "STUB_MEMORY");
 }
 int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned int *count, Process *processes) {
     (void)device;

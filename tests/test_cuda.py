@@ -1,6 +1,7 @@
 import os
 import weakref
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,26 @@ from autobatch.plan import Verdict
 from autobatch.workload.step import TrainingStep
 
 MIB, GIB = 1024**2, 1024**3
-PER_SAMPLE = 64 * MIB
+PER_SAMPLE = 64 * MIB - 100
+SEGMENT = 2 * MIB
+"""The allocator reserves whole segments."""
 CONTEXT = 512 * MIB
+DRIVERS_OWN = 600 * MIB
+"""What the driver keeps for itself, and CUDA does not count in the device's total."""
 POISON = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported"
+
+
+@dataclass
+class Segment:
+    """What the allocator has reserved for one allocation, and keeps when that is freed."""
+
+    reserved: int
+    allocated: int
+    owner: weakref.ref
+
+    @property
+    def live_bytes(self):
+        return self.allocated if self.owner() is not None else 0
 
 
 class FakeMemory:
@@ -27,19 +45,23 @@ class FakeMemory:
         self.total, self.others = total, others
         self.context = CONTEXT if initialised else 0
         self.initialised = initialised
-        self.held = self.peak = self.taken_retries = 0
+        self.highest_allocated = self.highest_reserved = self.taken_retries = 0
         self.share = 1.0
-        self.alive = []
+        self.segments = []
         self.poisoned = False
 
-    def take(self, size, owner=None):
-        """Allocate bytes, which the allocator keeps as long as `owner` is alive and its cache is not released."""
-        if self.held + size > min(self.share * self.total, self.total - self.others - self.context):
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / MIB:.2f} MiB. GPU 0 has")
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        if owner is not None:
-            self.alive.append((weakref.ref(owner), size))
+    def take(self, size, owner):
+        """Allocate bytes for as long as `owner` is alive, in a free segment of that size or a new one."""
+        needed = -(-size // SEGMENT) * SEGMENT
+        segment = next((s for s in self.segments if s.reserved == needed and not s.live_bytes), None)
+        if segment is None:
+            if self.reserved() + needed > min(self.share * self.total, self.total - self.others - self.context):
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / MIB:.2f} MiB. GPU 0 has")
+            segment = Segment(needed, 0, weakref.ref(owner))
+            self.segments.append(segment)
+        segment.allocated, segment.owner = size, weakref.ref(owner)
+        self.highest_allocated = max(self.highest_allocated, self.allocated())
+        self.highest_reserved = max(self.highest_reserved, self.reserved())
 
     def has_context(self):
         return self.initialised
@@ -50,20 +72,22 @@ class FakeMemory:
 
     def free_and_total(self):
         self.context = self.context or CONTEXT
-        return self.total - self.others - self.context - self.held, self.total
+        return self.total - self.others - self.context - self.reserved(), self.total
 
     def allocated(self):
-        return self.held
+        return sum(segment.live_bytes for segment in self.segments)
 
-    reserved = allocated
+    def reserved(self):
+        return sum(segment.reserved for segment in self.segments)
 
     def peak_allocated(self):
-        return self.peak
+        return self.highest_allocated
 
-    peak_reserved = peak_allocated
+    def peak_reserved(self):
+        return self.highest_reserved
 
     def reset_peaks(self):
-        self.peak = self.held
+        self.highest_allocated, self.highest_reserved = self.allocated(), self.reserved()
 
     def retries(self):
         return self.taken_retries
@@ -76,8 +100,7 @@ class FakeMemory:
         self.share = fraction
 
     def release_cache(self):
-        self.alive = [(owner, size) for owner, size in self.alive if owner() is not None]
-        self.held = sum(size for _, size in self.alive)
+        self.segments = [segment for segment in self.segments if segment.live_bytes]
 
     def synchronize(self):
         if self.poisoned:
@@ -86,21 +109,24 @@ class FakeMemory:
     def as_current(self):
         return nullcontext()
 
-    def driver(self, per_process=True):
-        """What NVML would say."""
+    def driver(self, per_process=True, old=False):
+        """What NVML would say; an old one counts what it keeps for itself as used."""
 
         def read(uuid, bus):
             assert (uuid, bus) == ("1111", "00000000:3B:00.0")
             processes = [GpuProcess(1, self.others)] if self.others else []
             if self.context:
-                processes.append(GpuProcess(os.getpid(), self.context + self.held))
-            used = self.others + self.context + self.held
+                processes.append(GpuProcess(os.getpid(), self.context + self.reserved()))
+            used = self.others + self.context + self.reserved()
             return GpuReading(
                 name="Fake GPU",
                 uuid="GPU-1111",
                 driver="580",
                 mig=False,
-                used_bytes=used,
+                total_bytes=self.total + DRIVERS_OWN,
+                free_bytes=self.total - used,
+                used_bytes=used + DRIVERS_OWN if old else used,
+                reserved_bytes=None if old else DRIVERS_OWN,
                 processes=tuple(processes) if per_process else None,
             )
 
@@ -133,6 +159,7 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, model):
         ctx.model = model
+        ctx.save_for_backward(x)
         return x.clone()
 
     @staticmethod
@@ -205,7 +232,7 @@ def test_a_trial_that_fits_says_what_it_took(memory):
         trial = run((2, 2))
     assert trial.verdict is Verdict.FITS
     assert trial.samples == 2 + 2 + 2
-    assert 0 < trial.peak_allocated_bytes <= trial.peak_reserved_bytes < trial.peak_bytes <= device.limit_bytes
+    assert 0 < trial.peak_allocated_bytes < trial.peak_reserved_bytes < trial.peak_bytes <= device.limit_bytes
     assert 0 < trial.turn_bytes <= trial.peak_bytes
     assert 0 < trial.step_seconds < trial.seconds
 
@@ -215,7 +242,7 @@ def test_more_samples_take_more(memory):
     with device.trials(step, device.limit_bytes) as run:
         small, large = run((2, 2)).peak_bytes, run((8, 8)).peak_bytes
         assert run((2, 2)).peak_bytes <= small + PER_SAMPLE // 2  # nothing stays behind between trials
-    assert large - small >= 6 * PER_SAMPLE
+    assert large - small >= 6 * PER_SAMPLE - SEGMENT
 
 
 def test_a_peak_above_the_budget_does_not_fit(memory):
@@ -340,6 +367,21 @@ def test_trials_run_with_gradients_wherever_fit_is_called(memory):
         assert not torch.is_grad_enabled()
 
 
+def test_the_larger_micro_batch_is_tried_last_where_gradients_are_held(memory):
+    met = []
+    step = a_step(memory)
+
+    def compute_loss(model, batch):
+        met.append((len(batch), model.body[0].weight.grad is not None))
+        return model(batch).square().mean()
+
+    step = TrainingStep(step.model, step.make_batch, compute_loss, step.optimizer)
+    device = a_device(memory)
+    with device.trials(step, device.limit_bytes) as run:
+        assert run((2, 5)).samples == 5 + 2 + 5
+    assert met == [(5, False), (2, False), (5, True)]
+
+
 def test_a_single_micro_batch_is_tried_as_such(memory):
     device, step = a_device(memory), a_step(memory)
     with device.trials(step, device.limit_bytes) as run:
@@ -361,6 +403,17 @@ def test_each_trial_meets_the_same_random_numbers(memory):
 
 
 # What only a fake can be made to do.
+
+
+def test_reserved_and_allocated_bytes_are_told_apart():
+    memory = FakeMemory()
+    device = a_device(memory)
+    with device.trials(a_step(memory), device.limit_bytes) as run:
+        trial = run((2, 5))
+    assert trial.peak_allocated_bytes == 5 * PER_SAMPLE
+    assert trial.peak_reserved_bytes == (2 + 5) * 64 * MIB  # the smaller one's segment stays
+    assert trial.peak_bytes == CONTEXT + trial.peak_reserved_bytes
+    assert trial.turn_bytes == CONTEXT + 5 * PER_SAMPLE
 
 
 def test_an_allocator_that_had_to_retry_does_not_fit():
@@ -463,13 +516,14 @@ def test_the_limit_that_the_caller_has_set_is_kept_to():
 
 
 @pytest.mark.parametrize("per_process", [True, False])
-def test_the_context_is_counted_and_the_others_are_not(per_process):
+@pytest.mark.parametrize("old", [True, False])
+def test_the_context_is_counted_and_what_others_and_the_driver_hold_is_not(per_process, old):
     memory = FakeMemory(others=GIB)
-    device = CudaDevice(memory=memory, ask_driver=memory.driver(per_process), memory_limit=2 * GIB)
+    device = CudaDevice(memory=memory, ask_driver=memory.driver(per_process, old))
+    assert device.limit_bytes == 3 * GIB
     with device.trials(a_step(memory), device.limit_bytes) as run:
         trial = run((2, 2))
     assert trial.peak_bytes == CONTEXT + trial.peak_reserved_bytes
-    assert memory.share == 1.0
 
 
 def test_a_context_that_grows_leaves_less_for_tensors():
@@ -523,7 +577,3 @@ def test_a_device_that_cannot_be_opened_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(memory, "free_and_total", raise_it(RuntimeError("CUDA error: out of memory\nmore")))
     with pytest.raises(DeviceUnavailable, match=r"cannot be used: CUDA error: out of memory\. Another"):
         CudaDevice(memory=memory, ask_driver=lambda uuid, bus: GpuReading())
-
-
-def test_the_devices_there_are_listed():
-    assert CudaDevice.available() == list(range(torch.cuda.device_count()))

@@ -45,18 +45,26 @@ def read(folder, uuid="1111", bus="00000000:3B:00.0", **answers):
 
 
 def test_a_reading_has_all_that_the_driver_says(stub_folder):
-    reading = read(stub_folder, total=24 * GIB, free=20 * GIB, pids=f"7:{3 * GIB},8:{GIB}", mig_mode=0, mig_slice=0)
+    bytes_held = {"total": 25 * GIB, "free": 20 * GIB, "reserved": GIB, "pids": f"7:{3 * GIB},8:{GIB}"}
+    reading = read(stub_folder, **bytes_held, mig_mode=0, mig_slice=0)
     assert reading == {
         "name": "Stub GPU",
         "uuid": "GPU-1111",
         "driver": "580.65.06",
         "mig": False,
-        "total_bytes": 24 * GIB,
+        "total_bytes": 25 * GIB,
         "free_bytes": 20 * GIB,
         "used_bytes": 4 * GIB,
+        "reserved_bytes": GIB,
         "processes": [{"pid": 7, "used_bytes": 3 * GIB}, {"pid": 8, "used_bytes": GIB}],
         "warnings": [],
     }
+
+
+@pytest.mark.parametrize("code", [3, 13, 25], ids=["not supported", "function not found", "version mismatch"])
+def test_an_old_driver_counts_what_it_keeps_for_itself_as_used(stub_folder, code):
+    reading = read(stub_folder, total=25 * GIB, free=20 * GIB, reserved=GIB, memory_v2=code)
+    assert (reading["used_bytes"], reading["reserved_bytes"], reading["warnings"]) == (5 * GIB, None, [])
 
 
 def test_an_idle_gpu_has_no_processes(stub_folder):

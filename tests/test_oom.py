@@ -12,6 +12,10 @@ CPU_OOM = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
     "you tried to allocate 4000000000 bytes. Error code 12 (Cannot allocate memory)"
 )
+NCCL = (
+    "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL 2.27\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+)
 ASSERT = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
 
 
@@ -27,6 +31,9 @@ ASSERT = "CUDA error: device-side assert triggered\nCUDA kernel errors might be 
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), Failure.ALLOCATOR),
         (RuntimeError("CUDA driver error: out of memory"), Failure.ALLOCATOR),
         (RuntimeError("HIP error: out of memory"), Failure.ALLOCATOR),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), Failure.ALLOCATOR),
+        (RuntimeError("Triton Error [HIP]:  Code: 2, Messsage: out of memory"), Failure.ALLOCATOR),
+        (RuntimeError("Triton Error [HIP]: Code: 2, Message: out of memory"), Failure.ALLOCATOR),
         (
             RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
             Failure.ALLOCATOR,
@@ -51,9 +58,17 @@ ASSERT = "CUDA error: device-side assert triggered\nCUDA kernel errors might be 
             RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
             Failure.LIBRARY,
         ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtCreate(handle)`"),
+            Failure.LIBRARY,
+        ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), Failure.LIBRARY),
         (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), Failure.LIBRARY),
         (RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"), Failure.LIBRARY),
+        (RuntimeError(NCCL + "Failed to CUDA malloc 4194304 bytes"), Failure.LIBRARY),
+        (RuntimeError(NCCL + "Failed to CUDA calloc async 608 bytes"), Failure.LIBRARY),
+        (RuntimeError(NCCL + "Cuda failure 2 'out of memory'"), Failure.LIBRARY),
+        (RuntimeError(NCCL + "Cuda failure 'out of memory'"), Failure.LIBRARY),
         (RuntimeError(CPU_OOM), Failure.HOST),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried"),
@@ -65,6 +80,8 @@ ASSERT = "CUDA error: device-side assert triggered\nCUDA kernel errors might be 
         (RuntimeError(ASSERT), Failure.POISONED),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), Failure.POISONED),
         (RuntimeError("CUDA error: misaligned address"), Failure.POISONED),
+        (RuntimeError("Triton Error [CUDA]: device-side assert triggered"), Failure.POISONED),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), Failure.POISONED),
         (RuntimeError("CUDA error: unspecified launch failure"), Failure.POISONED),
         (RuntimeError("CUDA error: an illegal instruction was encountered"), Failure.POISONED),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), Failure.POISONED),
@@ -88,8 +105,14 @@ def test_failures_are_told_apart(error, failure):
             "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous"
         ),
         RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm(handle, opa, opb)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtMatmul(handle, desc)`"),
         RuntimeError("CUDA error: invalid device ordinal"),
         RuntimeError("NCCL Error 1: unhandled cuda error"),
+        RuntimeError(NCCL + "Cuda failure 101 'invalid device ordinal'"),
+        RuntimeError("Triton Error [CUDA]: invalid argument"),
+        RuntimeError("out of resource: shared memory, Required: 147456, Hardware limit: 101376."),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
         RuntimeError("could not create a primitive"),
         RuntimeError("can't start new thread"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x3 and 5x2)"),

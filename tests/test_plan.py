@@ -1,5 +1,6 @@
 """Plans: their arithmetic, their JSON, and the loop they give."""
 
+import contextlib
 import json
 import math
 import subprocess
@@ -12,16 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch.errors import InvalidInput, PlanFileError
-from autobatch.plan import DeviceInfo, TrainingPlan, Trial, Verdict, micro_batches, split_evenly
+from autobatch.plan import (
+    DeviceInfo,
+    TrainingPlan,
+    Trial,
+    Verdict,
+    micro_batches,
+    micro_batches_of_ranks,
+    split_evenly,
+)
 
 
-def make_plan(target=256, largest=37, world_size=1, tried=(37, 36), **changes) -> TrainingPlan:
-    share = split_evenly(target, world_size)[0]
-    trial = Trial(micro_batch_sizes=tried, verdict=Verdict.FITS, peak_bytes=900)
+def make_plan(target=256, largest=37, world_size=1, tried=None, **changes) -> TrainingPlan:
+    sizes = micro_batches(split_evenly(target, world_size)[0], largest)
+    trial = Trial(micro_batch_sizes=tried or (sizes[0], sizes[-1]), verdict=Verdict.FITS, peak_bytes=900)
     fields = {
         "target_batch_size": target,
         "world_size": world_size,
-        "micro_batch_sizes": micro_batches(share, largest),
+        "micro_batch_sizes": sizes,
         "max_micro_batch_size": largest,
         "peak_bytes": 900,
         "limit_bytes": 1000,
@@ -122,23 +131,60 @@ def test_the_code_of_a_plan_trains(precision):
     plan = make_plan(target=16, largest=5, precision=precision)
     model = torch.nn.Linear(4, 2)
     before = model.weight.detach().clone()
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(torch.randn(32, 4), torch.randint(0, 2, (32,))), batch_size=16
-    )
+    loader = [{"x": torch.randn(16, 4), "y": torch.randint(0, 2, (16,))} for _ in range(2)]
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    def compute_loss(model, micro):
+        return torch.nn.functional.cross_entropy(model(micro["x"]), micro["y"])
+
     scope = {}
     exec(plan.code(), scope)
-    scope["train_epoch"](plan, model, loader, torch.nn.functional.cross_entropy, optimizer, scheduler, max_norm=1.0)
+    scope["train_epoch"](plan, model, loader, compute_loss, optimizer, scheduler, max_norm=1.0)
     assert not torch.equal(before, model.weight)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
     assert ("autocast" in plan.code(), "GradScaler" in plan.code()) == (precision != "fp32", precision == "fp16")
 
 
-def test_the_code_for_several_ranks_synchronises_once():
-    code = make_plan(target=16, largest=4, world_size=2).code()
-    compile(code, "plan", "exec")
-    assert "no_sync" in code
+@pytest.mark.parametrize("samples", [16, 10, 3])
+def test_the_code_for_several_ranks_synchronises_with_the_last_micro_batch_only(samples):
+    class Synchronising(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.synchronised, self.inside = [], False
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.inside = True
+            yield
+            self.inside = False
+
+        def forward(self, x):
+            self.synchronised.append(not self.inside)
+            return super().forward(x)
+
+    model, scope = Synchronising(), {}
+    exec(make_plan(target=32, largest=4, world_size=2).code(), scope)
+    loss = lambda model, x: model(x).mean()  # noqa: E731
+    plan = make_plan(target=32, largest=4, world_size=2)
+    scope["train_epoch"](plan, model, [torch.randn(samples, 4)], loss, torch.optim.SGD(model.parameters(), 0.1))
+    assert model.synchronised == [False] * (len(model.synchronised) - 1) + [True]
+
+
+def test_ranks_with_unequal_shares_take_the_same_number_of_steps_and_sizes_that_the_model_runs_on():
+    assert micro_batches_of_ranks(399, 2, 199) == [(100, 100), (100, 99)]
+    assert micro_batches_of_ranks(7, 2, 3, smallest=2) == [(2, 2), (3,)]
+
+
+def test_a_batch_is_cut_where_the_plan_expects_its_samples():
+    plan = make_plan(target=256, largest=128)
+    ids = torch.zeros(128, 256)  # (tokens, samples), and as many tokens as an even guess would take for samples
+    assert [micro[0].shape for micro, _ in plan.split((ids, ids))] == [(128, 128)] * 2
+    batch = {"x": torch.zeros(256, 128), "mask": torch.zeros(128, 128), "places": torch.zeros(128)}
+    pieces = [micro for micro, _ in plan.split(batch)]
+    assert pieces[0]["x"].shape == (128, 128)
+    assert pieces[0]["mask"].shape == (128, 128)
+    assert len(pieces) == 2
 
 
 def test_save_and_load_give_the_same_plan(tmp_path):
@@ -168,6 +214,16 @@ def test_save_and_load_give_the_same_plan(tmp_path):
             "damaged: peak_bytes",
         ),
         (lambda text: text.replace('"headroom"', '"legroom"'), "damaged: (headroom|legroom)"),
+        (lambda text: text.replace('"headroom": 0.05', '"headroom": NaN'), "damaged: headroom"),
+        (
+            lambda text: text.replace('"peak_bytes": 900,\n  "limit', '"peak_bytes": 960,\n  "limit'),
+            "said to be verified",
+        ),
+        (lambda text: text.replace('"fits"', '"over_budget"'), "said to be verified"),
+        (
+            lambda text: text.replace('"target_batch_size": 256', '"target_batch_size": "256"'),
+            "damaged: target_batch_size",
+        ),
     ],
 )
 def test_a_damaged_plan_file_is_a_clear_error(tmp_path, damage, complaint):
@@ -209,3 +265,14 @@ def test_a_path_that_is_not_a_file_is_never_replaced():
         pytest.skip("needs /dev/full")
     with pytest.raises(PlanFileError, match="could not be written to /dev/full: it is not a file"):
         make_plan().save("/dev/full")
+
+
+def test_an_empty_batch_is_a_clear_error():
+    with pytest.raises(InvalidInput, match="no samples"):
+        list(make_plan().split(torch.randn(0, 8)))
+
+
+def test_the_last_batch_of_a_sequence_first_loader_is_cut_by_samples():
+    plan = make_plan(target=64, largest=10)
+    assert [micro.shape for micro, _ in plan.split(torch.randn(20, 64, 8))][0] == (20, 10, 8)
+    assert [micro.shape[1] for micro, _ in plan.split(torch.randn(20, 15, 8), samples=15)] == [8, 7]

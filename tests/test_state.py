@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from autobatch.errors import InvalidInput
-from autobatch.workload.state import preserved, preserved_rng
+from autobatch.workload.state import preserved
 
 ELSEWHERE = torch.device("cpu", 0)  # the same memory by another name: what lies on "cpu" is not on it
 
@@ -283,17 +283,58 @@ def test_random_state_is_kept_in_every_generator():
             python_own.random(),
         ]
 
-    with preserved_rng(sampler):
+    with preserved(sampler, tensors=False):
         first = draw()
-    with preserved_rng(sampler):
+    with preserved(sampler, tensors=False):
         assert draw() == first
 
 
 def test_the_cuda_context_is_not_created_to_keep_its_random_state(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("asked CUDA"))
-    with preserved_rng():
+    with preserved(tensors=False):
         pass
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_precision_of_float32_is_kept(precision):
+    with preserved(tensors=False):
+        torch.set_float32_matmul_precision(precision)
+        before = float32_settings()
+        with preserved(tensors=False):
+            torch.set_float32_matmul_precision("high" if precision == "medium" else "medium")
+            torch.backends.cudnn.allow_tf32 = False
+            assert float32_settings() != before
+        assert (float32_settings(), torch.get_float32_matmul_precision()) == (before, precision)
+
+
+def test_a_precision_that_torch_cannot_say_in_one_word_is_kept():
+    with preserved(tensors=False):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        before = float32_settings()
+        with preserved(tensors=False):
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert float32_settings() == before
+        assert before[0] == "tf32"
+
+
+def test_a_precision_that_was_inherited_is_inherited_again():
+    with preserved(tensors=False):
+        torch.backends.fp32_precision = "tf32"
+        with preserved(tensors=False):
+            torch.backends.fp32_precision = "ieee"
+        assert float32_settings()[0] == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert float32_settings()[0] == "ieee"
+
+
+def float32_settings():
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    backends = cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
+    return [each.fp32_precision for each in backends]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to itself")

@@ -52,6 +52,13 @@ class Stream(IterableDataset):
         return iter([(torch.randn(6), i % 2) for i in range(10)])
 
 
+class Batches:
+    """A loader of another kind: batches, as often as one asks."""
+
+    def __iter__(self):
+        return iter([PAIR])
+
+
 @dataclass
 class Record:
     x: torch.Tensor
@@ -71,7 +78,7 @@ PAIR = (torch.randn(5, 6), torch.randint(3, (5,)))
         DataLoader(Stream(), batch_size=4),
         Stream(),
         lambda n: (torch.randn(n, 6), torch.randint(3, (n,))),
-        [PAIR].__iter__(),
+        Batches(),
         {"inputs": PAIR[0], "labels": PAIR[1]},
         UserDict(input=PAIR[0], target=PAIR[1]),
     ],
@@ -171,11 +178,32 @@ def test_a_bug_in_the_callers_criterion_is_seen_as_it_is():
         ((torch.zeros(0, 6), torch.zeros(0)), "no samples"),
         (DataLoader([], batch_size=None), "no batches"),
         ("cifar10", "must be a batch"),
+        ((PAIR for _ in range(3)), "is a generator, which gives each batch only once"),
+        (iter(DataLoader(TensorDataset(*PAIR))), "Pass the DataLoader or Dataset itself"),
     ],
 )
 def test_data_that_cannot_be_used_is_a_clear_error(data, words):
     with pytest.raises(InvalidInput, match=words):
         resolve(Workload(nn.Linear(6, 3), data, nn.CrossEntropyLoss()))
+
+
+def test_an_iterator_that_is_refused_has_lost_nothing():
+    batches = iter([1, 2, 3])
+    with pytest.raises(InvalidInput):
+        resolve(Workload(nn.Linear(6, 3), batches, nn.CrossEntropyLoss()))
+    assert list(batches) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("part", ["weight", "1.running_mean"])
+def test_a_model_without_values_is_refused_with_what_to_do(part):
+    with torch.device("meta"):
+        empty = nn.Linear(6, 3) if part == "weight" else nn.BatchNorm1d(3)
+    model = empty if part == "weight" else nn.Sequential(nn.Linear(6, 3), empty.requires_grad_(False))
+    if part == "1.running_mean":
+        model[1].weight = model[1].bias = None
+    with pytest.raises(InvalidInput, match=f"'{part}' of the .* is on the meta device.*to_empty"):
+        Workload(model, PAIR)
+    trained(model.to_empty(device="cpu"), PAIR)
 
 
 def test_data_that_no_call_of_the_model_accepts_is_an_error_with_the_call_to_make():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from autobatch.errors import DeviceUnavailable, InvalidInput
@@ -47,7 +48,10 @@ def get_device(name: object = None, memory_limit: int | None = None) -> Device:
         )
     from autobatch.devices.cuda import CudaDevice
 
-    return CudaDevice(device.index or 0, memory_limit)
+    index = device.index
+    if index is None:  # the one that the caller has made current, as each rank does
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    return CudaDevice(index, memory_limit)
 
 
 def list_devices() -> list[DeviceInfo]:
@@ -55,4 +59,8 @@ def list_devices() -> list[DeviceInfo]:
     import torch
 
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return [get_device(name).info for name in [*names, "cpu"]]
+    found = []
+    for name in [*names, "cpu"]:
+        with suppress(DeviceUnavailable):  # one that another process holds for itself, or no Linux
+            found.append(get_device(name).info)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,10 +11,23 @@ from autobatch.plan import DeviceInfo, Trial
 if TYPE_CHECKING:
     from autobatch.workload.step import TrainingStep
 
-RunTrial = Callable[[tuple[int, ...]], Trial]
-"""`run(sizes)`: a warm-up step, then one measured optimizer step of these micro-batches: `(n, n)`, so that the second
-forward pass happens with gradients held, or `(n,)` where the whole target is one micro-batch. Raises what the user's
-own code raises."""
+
+class RunTrial(Protocol):
+    """Runs one trial."""
+
+    def __call__(self, sizes: tuple[int, ...], thorough: bool = False) -> Trial:
+        """A warm-up step, then one measured optimizer step of these micro-batches.
+
+        Args:
+            sizes: `(n, n)`, so that the second forward pass happens with gradients held, or `(n,)` where the whole
+            target
+                is one micro-batch.
+            thorough: near the budget, go on until the peak no longer grows, where the device's peaks do that.
+
+        Raises:
+            Exception: what the user's own code raises, as it is.
+        """
+        ...
 
 
 class Device(Protocol):
@@ -31,6 +44,11 @@ class Device(Protocol):
     @property
     def least_headroom(self) -> float:
         """The share of the limit that has to stay free for a result to hold in another process."""
+        ...
+
+    @property
+    def peaks_grow(self) -> bool:
+        """Whether a trial's peak may still grow over the steps after it, so that an answer needs a thorough trial."""
         ...
 
     @property

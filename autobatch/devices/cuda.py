@@ -33,6 +33,7 @@ class CudaDevice:
     """One GPU. This process' bytes on it: what torch's allocator reserves, and context and libraries outside that."""
 
     least_headroom = 0.0
+    peaks_grow = False
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class CudaDevice:
             ) from error
         reading = self._reading()
         self._limited = memory_limit is not None
-        self._before_us = before.used_bytes if fresh else None
+        self._before_us = _held_bytes(before, total) if fresh else None
         """Bytes that others held before this process had a context, where that is known."""
         others = self._others_bytes(reading)
         limit = total - (others or 0)
@@ -90,11 +91,6 @@ class CudaDevice:
         )
         neighbours = _neighbours(before if fresh else reading, fresh)
         self.warnings = tuple(_warnings(reading, neighbours, others, self._limited))
-
-    @staticmethod
-    def available() -> list[int]:
-        """The indices of the CUDA devices that torch sees, without creating a context on any."""
-        return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
 
     def prepare(self) -> None:
         """Nothing: the context has been there since the device was made."""
@@ -117,7 +113,7 @@ class CudaDevice:
             stack.callback(self._free)
             self._enter_preserved(stack, step, budget_bytes)
             stack.callback(self._memory.set_fraction, self._memory.fraction())  # before the state needs its room again
-            yield lambda sizes: self._run(step, sizes, budget_bytes)
+            yield lambda sizes, thorough=False: self._run(step, sizes, budget_bytes)
 
     def _enter_preserved(self, stack: ExitStack, step: TrainingStep, budget_bytes: int) -> None:
         diagnosis, outside = None, sys.exc_info()[1]
@@ -240,7 +236,10 @@ class CudaDevice:
 
 @dataclass
 class _Progress:
-    """Follows a trial through its phases; a `StepRunner` calls it as each begins."""
+    """Follows a trial through its phases; a `StepRunner` calls it as each begins.
+
+    The warm-up step is one micro-batch of the largest size; the measured step has all sizes in their order.
+    """
 
     memory: CudaMemory
     sizes: tuple[int, ...]
@@ -265,6 +264,15 @@ class _Progress:
     @property
     def where(self) -> str:
         return f"the {self.phase} phase of {self.step}" if self.phase else self.step
+
+
+def _held_bytes(reading: GpuReading, total: int) -> int | None:
+    """Bytes that processes hold, out of torch's `total`, which leaves out what the driver keeps for itself."""
+    if reading.used_bytes is None or reading.total_bytes is None:
+        return None
+    if reading.reserved_bytes is not None:
+        return reading.used_bytes
+    return max(reading.used_bytes - max(reading.total_bytes - total, 0), 0)
 
 
 def _own_bytes(reading: GpuReading) -> int | None:

@@ -34,7 +34,9 @@ class GpuReading:
     total_bytes: int | None = None
     free_bytes: int | None = None
     used_bytes: int | None = None
-    """Bytes held by all processes and by the driver itself."""
+    """Bytes held by all processes; `reserved_bytes` are among them only where those are None."""
+    reserved_bytes: int | None = None
+    """Bytes that the driver keeps for itself (some hundred MiB), or None where it is too old to tell them apart."""
     processes: tuple[GpuProcess, ...] | None = None
     """Every process that computes on the GPU, this one included."""
     warnings: tuple[str, ...] = ()
@@ -100,7 +102,9 @@ class _Reader:
                 "this GPU is partitioned (MIG) and NVML sees only the whole: other processes are not counted."
             )
         else:
-            memory = self._ask("its memory", lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+            memory = self._optional(
+                lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+            ) or self._ask("its memory", lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
             processes = self._ask("its processes", lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
         return GpuReading(
             name=self._ask("its name", lambda: pynvml.nvmlDeviceGetName(handle)),
@@ -110,6 +114,7 @@ class _Reader:
             total_bytes=memory.total if memory else None,
             free_bytes=memory.free if memory else None,
             used_bytes=memory.used if memory else None,
+            reserved_bytes=getattr(memory, "reserved", None),  # the first version of the answer has none
             processes=None if processes is None else tuple(GpuProcess(p.pid, p.usedGpuMemory) for p in processes),
             warnings=tuple(self.warnings),
         )
@@ -135,6 +140,7 @@ class _Reader:
             pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
             pynvml.NVML_ERROR_NOT_FOUND,
             pynvml.NVML_ERROR_INVALID_ARGUMENT,
+            pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
         )
         try:
             return question()

@@ -39,10 +39,11 @@ class Diagnosis:
 # Every pattern begins where a message (or a line of one that quotes another) begins, and spells out what the library
 # itself says: a model's own message about memory or CUDA must not match.
 _START = r"^(?:[\w.]*(?:Error|Exception): )?"
+_DRIVER = r"(?:(?:CUDA|HIP) (?:driver )?error:|Triton Error \[(?:CUDA|HIP)\]:(?: +Code: \d+, Mess+age:)?) "
 _ALLOCATOR = (
     r"(?:CUDA|HIP|XPU|NPU) out of memory\. Tried to allocate",
     r"MPS backend out of memory",
-    r"(?:CUDA|HIP) (?:driver )?error: (?:out of memory|hipErrorOutOfMemory)",
+    _DRIVER + r"(?:out of memory|hipErrorOutOfMemory)",
     r"CUDA error: CUDA_ERROR_OUT_OF_MEMORY",
     r".*\bUR_RESULT_ERROR_OUT_OF_(?:DEVICE_MEMORY|RESOURCES)\b",
 )
@@ -50,12 +51,17 @@ _LIBRARY = (
     r".*\b(?:CUBLAS|HIPBLAS|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED\b",
     r".*\bCUSPARSE_STATUS_INSUFFICIENT_RESOURCES\b",
     # A handle that cannot be created is one without room. NOT_INITIALIZED from any other call is a bug.
-    r".*\b(?:CUBLAS|CUSOLVER|CUSPARSE)_STATUS_NOT_INITIALIZED when calling `(?:cublas|cusolver\w*|cusparse)Create\b",
+    r".*\b(?:CUBLAS|CUSOLVER|CUSPARSE)_STATUS_NOT_INITIALIZED when calling "
+    r"`(?:cublas(?:Lt)?|cusolver\w*|cusparse)Create\b",
     r"cuDNN error: CUDNN_STATUS_(?:ALLOC_FAILED|INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED)\b",
     # A plan's work area is taken from the driver, and cuFFT calls it an internal error when there is none left.
     r"cuFFT error: CUFFT_(?:ALLOC_FAILED|INTERNAL_ERROR)\b",
     r"MIOpen Error: .*(?:hipErrorOutOfMemory|out of memory)|miopenStatusAllocFailed\b",
     r"rocblas error: .*\brocblas_status_memory_error\b",
+    r"Failed to CUDA [mc]alloc\b",  # NCCL, in the last lines of an error that is otherwise about a collective
+    r"Cuda failure (?:\d+ )?'out of memory'",
+    # Not "FIND (or GET) was unable to find an engine to execute this computation": cuDNN's plans may all have failed
+    # for want of memory, but a GPU or a dtype that has no plan at all gives the same words, at every size.
 )
 _HOST = (
     r"(?:\[enforce fail at .*\]\s?\.?.*)?DefaultCPUAllocator: (?:can't allocate memory|not enough memory)",
@@ -63,7 +69,7 @@ _HOST = (
     r"cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED\b",
 )
 _POISONED = (
-    r"(?:CUDA|HIP) (?:driver )?error: (?:"
+    _DRIVER + r"(?:"
     r"device-side assert triggered|an illegal memory access was encountered|misaligned address"
     r"|unspecified launch failure|an illegal instruction was encountered|uncorrectable (?:ECC|NVLink) error"
     r"|invalid program counter|operation not supported on global/shared address space|hardware stack error"

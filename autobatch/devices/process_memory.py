@@ -2,14 +2,25 @@
 
 The kernel counts private writable memory: heap, anonymous mappings, thread stacks, the libraries' data (proc(5),
 `VmData`). That is what a container's limit counts too, but for pages backed by files, which the kernel can drop.
-`VmPeak` is the peak of all address space; what is not data in it (code, files) stays put, so the peak of data is
-`VmPeak - (VmSize - VmData)`.
+
+There is no high-water mark of `VmData`, but there are two that it follows from:
+
+- `VmPeak`, of all address space. What is not data in it (code, files) stays put, so data never peaked above
+  `VmPeak - (VmSize - VmData)`. It is too high where address space was reserved for a moment: glibc reserves 128 MiB and
+  gives half of it back whenever a thread gets an arena.
+- `VmHWM`, of resident memory. Without pages backed by files, and with what data is mapped but not touched, it gives
+  `VmHWM - RssFile - RssShmem + (VmData - RssAnon)`. It is too low where untouched memory was freed again.
+
+The smaller of the two is taken, and never less than what was seen on the way.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -17,7 +28,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _status() -> dict[str, int]:
-    lines = (line.split() for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
+    lines = (line.split() for line in _STATUS.read_text().splitlines() if line.startswith(("Vm", "Rss")))
     return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in lines}
 
 
@@ -26,10 +37,12 @@ def data_bytes() -> int:
     return _status()["VmData"]
 
 
-def peak_data_bytes() -> int:
-    """The most bytes held since this process was forked."""
+def peak_data_bytes(seen: int = 0) -> int:
+    """The most bytes held since this process was forked; `seen` is the most that `data_bytes` gave on the way."""
     now = _status()
-    return now["VmPeak"] - (now["VmSize"] - now["VmData"])
+    by_address_space = now["VmPeak"] - (now["VmSize"] - now["VmData"])
+    by_residence = now["VmHWM"] - now["RssFile"] - now["RssShmem"] + (now["VmData"] - now["RssAnon"])
+    return max(seen, now["VmData"], min(by_address_space, by_residence))
 
 
 def limit_data(limit_bytes: int) -> None:
@@ -52,11 +65,14 @@ def trim() -> None:
         trim_heap(0)
 
 
-def die_with_parent(signal_number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends, however it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was told
+        os._exit(1)
 
 
 def be_killed_first() -> None:
     """Make this process the kernel's first choice when memory runs out, so that nobody else dies for it."""
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    with suppress(OSError):  # /proc may be read-only; the kernel then chooses by size
+        Path("/proc/self/oom_score_adj").write_text("1000")

@@ -52,7 +52,9 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: tuple[int, int, torch.dtype | None]) -> object:
         number, size, dtype = pid
-        storage = self.storages.setdefault(number, torch.UntypedStorage(size))
+        if number not in self.storages:
+            self.storages[number] = torch.UntypedStorage(size)
+        storage = self.storages[number]
         return (
             storage if dtype is None else torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
         )
@@ -73,7 +75,7 @@ def _memory_of(storage: torch.UntypedStorage) -> memoryview:
 
 def _operators_defined_here() -> dict[str, list[str]]:
     """Name and schemas of the operators that this process defined with torch.library, beside torch's own."""
-    defined = {name.partition(".")[0] for name in torch.library._defs}
+    defined = {name.partition(".")[0] for name in getattr(torch.library, "_defs", ())}  # not a public name
     names = [name for name in defined if name.partition("::")[0] not in ("aten", "prims")]
     return {name: [str(schema) for schema in torch._C._jit_get_schemas_for_operator(name)] for name in names}
 
@@ -111,7 +113,8 @@ def dump(obj: object, stream: BinaryIO) -> None:
     stream.write(objects.getbuffer())
     for storage in pickler.storages.values():
         if storage.nbytes():
-            stream.write(_memory_of(storage.cpu()))
+            on_host = storage.cpu()  # held while it is written: a copy, where it was on another device
+            stream.write(_memory_of(on_host))
     stream.flush()
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from autobatch.devices import process_memory
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from autobatch.devices.oom import Diagnosis
     from autobatch.workload.step import TrainingStep
 
-SETTLING_STEPS = 6
+SETTLING_STEPS = 5
 """Steps at most that a trial at the very edge of the limit runs until its peak no longer grows."""
 QUIET_STEPS = 3
 """Steps without growth after which a peak counts as settled: a heap's peak stands still for a step or two on its way
@@ -42,7 +42,7 @@ class Settings:
     threads: int
     default_dtype: Any
     deterministic: bool
-    matmul_precision: str
+    matmul_precision: str | None
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,23 @@ class _Progress:
     phase: str = "start"
     samples: int = 0
     turn_bytes: int | None = None
+    most_seen: int = 0
+    """The most bytes held as a phase began."""
     started: float = field(default_factory=time.perf_counter)
 
     def enter(self, phase: str) -> None:
         self.phase = phase
+        held = process_memory.data_bytes()
+        self.most_seen = max(self.most_seen, held)
         if phase == "backward":
-            self.turn_bytes = process_memory.data_bytes()
+            self.turn_bytes = held
 
 
-def main(descriptor: int) -> None:
-    """Serve trials on the socket `descriptor` until the other side closes it."""
-    process_memory.die_with_parent(signal.SIGKILL)
+def main(descriptor: int, parent: int) -> None:
+    """Serve trials on the socket `descriptor` until the other side, the process `parent`, closes it or ends."""
+    process_memory.die_with(parent)
     connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)  # what a trial starts must not keep the conversation open
     reader, writer = connection.makefile("rb"), connection.makefile("wb")
     settings: Settings = pickle.load(reader)
     step = _load(settings, reader, writer)
@@ -134,7 +139,8 @@ def _load(settings: Settings, reader: BinaryIO, writer: BinaryIO) -> TrainingSte
     torch.set_num_threads(1)
     torch.set_default_dtype(settings.default_dtype)
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
-    torch.set_float32_matmul_precision(settings.matmul_precision)
+    if settings.matmul_precision:
+        torch.set_float32_matmul_precision(settings.matmul_precision)
     from autobatch.devices import oom, ship  # noqa: F401  # imported here, so that no trial pays for it
     from autobatch.workload import runner  # noqa: F401
 
@@ -155,13 +161,14 @@ def _in_a_fork(step: TrainingStep, settings: Settings, request: Request) -> Outc
     output = os.memfd_create("trial-output")
     read_end, write_end = os.pipe()
     sys.stdout.flush(), sys.stderr.flush()
+    server = os.getpid()
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.close(read_end)
             os.dup2(output, 1), os.dup2(output, 2)
-            process_memory.die_with_parent(signal.SIGKILL)
+            process_memory.die_with(server)
             process_memory.be_killed_first()
             with open(write_end, "wb") as answer:
                 pickle.dump(_trial(step, settings, request), answer)
@@ -202,7 +209,7 @@ def _trial(step: TrainingStep, settings: Settings, request: Request) -> Outcome:
             seconds=time.perf_counter() - progress.started,
             phase=progress.phase,
             memory=_memory_failure(error),
-            error_text=traceback.format_exc(),
+            error_text=_users_part(error),
             error=_pickled(error),
         )
 
@@ -232,26 +239,26 @@ def _steps(step: TrainingStep, request: Request, progress: _Progress) -> Outcome
     began = time.perf_counter()
     loss = run(request.sizes)
     step_seconds = time.perf_counter() - began
-    for _ in _until_settled(request):
+    for _ in _until_settled(request, progress):
         run(request.sizes)
     return Outcome(
         samples=progress.samples,
         seconds=time.perf_counter() - progress.started,
         step_seconds=step_seconds,
-        peak_bytes=process_memory.peak_data_bytes(),
+        peak_bytes=process_memory.peak_data_bytes(progress.most_seen),
         turn_bytes=progress.turn_bytes,
         loss=loss,
     )
 
 
-def _until_settled(request: Request) -> Iterator[None]:
+def _until_settled(request: Request, progress: _Progress) -> Iterator[None]:
     """One more step while the peak is at the edge and still growing: a heap fragments over the first steps."""
-    peak, quiet = process_memory.peak_data_bytes(), 0
+    peak, quiet = process_memory.peak_data_bytes(progress.most_seen), 0
     for _ in range(SETTLING_STEPS):
         if peak <= request.settle_above_bytes or quiet == QUIET_STEPS:
             return
         yield
-        peak, before = process_memory.peak_data_bytes(), peak
+        peak, before = process_memory.peak_data_bytes(progress.most_seen), peak
         quiet = quiet + 1 if peak == before else 0
 
 
@@ -260,6 +267,14 @@ def _memory_failure(error: BaseException) -> Diagnosis | None:
 
     diagnosis = oom.classify(error, cpu_limited=True)
     return diagnosis if diagnosis and diagnosis.is_memory else None
+
+
+def _users_part(error: BaseException) -> str:
+    """The traceback without the frames of autobatch itself."""
+    told = traceback.TracebackException.from_exception(error)
+    package = str(Path(__file__).parents[1])
+    told.stack = traceback.StackSummary.from_list([f for f in told.stack if not f.filename.startswith(package)])
+    return "".join(told.format())
 
 
 def _pickled(error: BaseException) -> bytes | None:

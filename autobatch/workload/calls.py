@@ -102,7 +102,7 @@ def split_readings(model: nn.Module, batch: Any) -> Iterator[Reading]:
 
 
 def _names(keys: tuple[Any, ...]) -> str:
-    return ", ".join("all of it" if key is ... else str(key) for key in keys)
+    return ", ".join("all of it" if key is ... else f"batch[{key!r}]" for key in keys)
 
 
 def _keys(batch: Any) -> tuple[Any, ...]:

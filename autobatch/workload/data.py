@@ -54,7 +54,8 @@ def read_data(data: Any) -> Source:
             callable(n) that returns a batch of n samples.
 
     Raises:
-        InvalidInput: it is none of these, has no samples, or makes batches that are not of n samples.
+        InvalidInput: it is none of these, has no samples, makes batches that are not of n samples, or is an iterator
+            (a generator, `iter(loader)`), from which batches that are read are gone.
     """
     if isinstance(data, DataLoader):
         return _from_loader(data)
@@ -72,6 +73,11 @@ def read_data(data: Any) -> Source:
         return _from_samples(_items(data), default_collate, _length(data))
     if callable(data) and not isinstance(data, type):
         return _from_callable(data)
+    if isinstance(data, Iterator):
+        raise InvalidInput(
+            f"data is a {type(data).__name__}, which gives each batch only once: reading from it would take batches "
+            "from your training. Pass the DataLoader or Dataset itself, or one batch: next(...)."
+        )
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         return _from_batches(data)
     raise InvalidInput(

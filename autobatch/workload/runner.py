@@ -43,16 +43,17 @@ class StepRunner:
             on_phase("forward")
             with self._autocast():
                 loss = self.step.compute_loss(self.step.model, batch)
-            loss = check_loss(loss) * (size / sum(sizes))
+            loss = check_loss(loss).reshape(()) * (size / sum(sizes))
             total += loss.detach()
             on_phase("backward")
             (self._scaler.scale(loss) if self._scaler else loss).backward()
         on_phase("optimizer")
         if self._scaler:
-            self._scaler.step(self.optimizer)
+            # As GradScaler.step does, but never skipped: training skips a step whose gradients overflow, and then makes
+            # the optimizer's state in a later one.
+            self._scaler.unscale_(self.optimizer)
             self._scaler.update()
-        else:
-            self.optimizer.step()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(total)
 
@@ -68,11 +69,18 @@ def make_optimizer(step: TrainingStep) -> Optimizer:
     """The caller's optimizer, or a new one over the trainable parameters.
 
     Raises:
-        InvalidInput: the model has no trainable parameters.
+        InvalidInput: the model has no trainable parameters, or it is no optimizer that can be used.
     """
     if isinstance(step.optimizer, Optimizer):
         return step.optimizer
-    return step.optimizer(require_trainable(step.model))
+    optimizer = step.optimizer(require_trainable(step.model))
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidInput(f"optimizer must make a torch.optim.Optimizer, but made {type(optimizer).__name__}.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InvalidInput(
+            "LBFGS runs the model as often as it likes in each step, so micro-batches cannot be fitted to it."
+        )
+    return optimizer
 
 
 def check_loss(loss: object) -> torch.Tensor:

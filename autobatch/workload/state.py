@@ -27,8 +27,9 @@ def preserved(*objects: Any, tensors: bool = True, device: torch.device | None =
     Modules, optimizers and random generators are found in `objects` and in what those hold: a `TrainingStep` or any
     other object, bound methods, partials, closures, and modules that a function uses by a global name. Kept are: every
     attribute of the modules and optimizers (train/eval flags, hooks, caches, lazily made optimizer state; containers in
-    them too), gradients (the same tensor objects, or None), `requires_grad`, tensor hooks, and what `preserved_rng`
-    keeps.
+    them too), gradients (the same tensor objects, or None), `requires_grad`, tensor hooks, and random state: Python's,
+    NumPy's, torch's on the CPU and on all GPUs, and that of every generator found (such as a DataLoader's). Likewise
+    grad mode, the default dtype, cuDNN's flags and the precision of float32 arithmetic (TF32).
 
     Args:
         tensors: also keep what is in parameters, buffers, other tensors of the modules, and optimizer state; gradients
@@ -47,28 +48,13 @@ def preserved(*objects: Any, tensors: bool = True, device: torch.device | None =
         try:
             with _sigint_deferred():
                 _keep_rng(undo)
+                _keep_settings(undo)
                 _keep_objects(undo, reach(objects), tensors or device is not None, device)
             yield
         finally:
             with _sigint_deferred():
                 undo.close()
     finally:  # a Ctrl-C that struck before the shield was up; nothing is left to do otherwise
-        with _sigint_deferred():
-            undo.close()
-
-
-@contextmanager
-def preserved_rng(*objects: Any) -> Iterator[None]:
-    """Leave random state as it was: Python, NumPy, torch on the CPU and on all GPUs, and every generator that `objects`
-    hold (such as a DataLoader's). Likewise grad mode, the default dtype and cuDNN's flags.
-    """
-    undo = ExitStack()
-    try:
-        _keep_rng(undo)
-        for generator in reach(objects).generators:
-            _keep_generator(undo, generator)
-        yield
-    finally:
         with _sigint_deferred():
             undo.close()
 
@@ -102,10 +88,34 @@ def _keep_rng(undo: ExitStack) -> None:
     undo.callback(torch.set_rng_state, torch.get_rng_state())
     if torch.cuda.is_initialized():  # asking for the state would initialise it
         undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+
+
+def _keep_settings(undo: ExitStack) -> None:
     undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
     undo.callback(torch.set_default_dtype, torch.get_default_dtype())
     for flag in ("benchmark", "deterministic", "enabled"):
         undo.callback(setattr, torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    backends = [mkldnn, cudnn, torch.backends]  # those from which the others inherit come first
+    backends += [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    undo.callback(_put_back_precisions, _matmul_precision(), [(each, each.fp32_precision) for each in backends])
+
+
+def _matmul_precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the backends have been given precisions that one word for all of them cannot say
+        return None
+
+
+def _put_back_precisions(matmul: str | None, precisions: list[tuple[Any, str]]) -> None:
+    """Set only those that were changed: setting one that is inherited would end the inheritance."""
+    if matmul is not None and matmul != _matmul_precision():
+        torch.set_float32_matmul_precision(matmul)
+    for backend, precision in precisions:
+        if backend.fp32_precision != precision:
+            backend.fp32_precision = precision
 
 
 def _keep_generator(undo: ExitStack, generator: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from autobatch.errors import InvalidInput
@@ -45,8 +46,12 @@ def require_trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that training changes.
 
     Raises:
-        InvalidInput: there are none.
+        InvalidInput: there are none, or none yet.
     """
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise InvalidInput(
+            f"{type(model).__name__} has lazy layers without parameters yet: run it once on a batch first."
+        )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise InvalidInput(

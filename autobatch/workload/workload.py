@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -42,6 +43,7 @@ class Workload:
         if not isinstance(self.model, nn.Module):
             hint = f" Pass an instance: {self.model.__name__}(...)." if inspect.isclass(self.model) else ""
             raise InvalidInput(f"model must be a torch.nn.Module, but is {_kind(self.model)}.{hint}")
+        self._check_values()
         if not isinstance(self.optimizer, Optimizer):
             require_trainable(self.model)
         for name in ("loss", "training_step"):
@@ -63,6 +65,16 @@ class Workload:
             raise InvalidInput(
                 "optimizer must be a torch optimizer or a callable(params) that makes one, "
                 f"but is {_kind(self.optimizer)}."
+            )
+
+    def _check_values(self) -> None:
+        """A model on the meta device has shapes only: it can neither run nor be moved to a device where it can."""
+        named = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
+        empty = next((name for name, tensor in named if tensor.is_meta), None)
+        if empty is not None:
+            raise InvalidInput(
+                f"{empty!r} of the {type(self.model).__name__} is on the meta device, where tensors have no values. "
+                'Build the model on the CPU, without torch.device("meta"), or call model.to_empty(device="cpu") first.'
             )
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
