@@ -11,13 +11,14 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autobatch.errors import AutobatchError, InvalidInput, NothingFits, PlanFileError
+from autobatch.files import write_whole
 from autobatch.precision import Precision
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 
 USER_CODE_FAILED = 3
 INTERRUPTED = 130
+OWN_CODE_FAILED = "the model's own code failed"
 
-CPU_REFERENCE_TARGET, CPU_REFERENCE_LIMIT = 64, "1GiB"
-GPU_REFERENCE_TARGET = 4096
-"""Without a SPEC: all of a GPU's memory is quickly filled, but a CPU would take minutes for all of its own."""
+GPU_REFERENCE_TARGET, CPU_REFERENCE_TARGET = 4096, 32
+CPU_REFERENCE_ROOM = 512 * 1024**2
+"""Without a SPEC: all of a GPU's memory is quickly filled, but a CPU would take minutes for all of its own. The room is
+what trials get beyond what Python and torch hold, which is some 200 MiB or, for a CUDA build of torch, 900."""
 
 app = typer.Typer(
     name="autobatch",
@@ -66,7 +69,7 @@ def probe(
         typer.Argument(
             help="What to train: path/to/file.py:factory, package.module:factory (it returns a model or a Workload), "
             "hf:gpt2, timm:resnet50 or torchvision:resnet50. Without it, this device is characterised on small "
-            "reference models."
+            "reference models, and the result saved as autobatch-profile-DEVICE.json here, or as --output says."
         ),
     ] = None,
     target: Annotated[
@@ -118,7 +121,8 @@ def probe(
             "max_micro_batch": max_micro_batch,
             "exact": exact,
         }
-        with LiveProgress(Console(stderr=True), quiet) as live:
+        # What the user's own code prints must not get between the lines of the result.
+        with redirect_stdout(sys.stderr), LiveProgress(Console(stderr=True), quiet) as live:
             if spec is None:
                 result: TrainingPlan | DeviceProfile = _characterise(target, limit, precision, live, shared)
             else:
@@ -177,15 +181,19 @@ def _characterise(
     options: dict[str, Any],
 ) -> DeviceProfile:
     from autobatch.devices import get_device
+    from autobatch.devices.process_memory import data_bytes
     from autobatch.profile import profile_device
-    from autobatch.units import parse_bytes
+    from autobatch.units import format_bytes
 
     is_cpu = get_device(options["device"], limit).info.type == "cpu"
     if target is None:
         target = CPU_REFERENCE_TARGET if is_cpu else GPU_REFERENCE_TARGET
     if limit is None and is_cpu:
-        limit = parse_bytes(CPU_REFERENCE_LIMIT)
-        live.say(f"Trying within {CPU_REFERENCE_LIMIT}, so that it is quick; choose another with --memory-limit.")
+        limit = data_bytes() + CPU_REFERENCE_ROOM
+        live.say(
+            f"Trying within {format_bytes(limit)} ({format_bytes(CPU_REFERENCE_ROOM)} more than Python and torch hold), "
+            "so that it is quick; choose another with --memory-limit."
+        )
     return profile_device(
         target,
         memory_limit=limit,
@@ -221,11 +229,12 @@ def _hand_over(result: TrainingPlan | DeviceProfile, output: Path | None, as_jso
             if isinstance(result, TrainingPlan):
                 result.save(output)
             else:
-                output.write_text(text + "\n", encoding="utf-8")
+                write_whole(output, text + "\n")
         except (PlanFileError, OSError) as error:
             if not as_json:
                 print(text)
-            raise InvalidInput(f"{error} The result is printed above as JSON.") from error
+            reason = f"{output} cannot be written: {error}." if isinstance(error, OSError) else error
+            raise InvalidInput(f"{reason} The result is printed above as JSON.") from error
         if not quiet:
             print(f"Saved to {output}", file=sys.stderr)
     if not fits:
@@ -263,7 +272,7 @@ def _explained(debug: bool) -> Iterator[None]:
         _fail("interrupted; nothing was saved.", INTERRUPTED, debug)
     except AutobatchError as error:
         _fail(str(error), error.exit_code, debug)
-    except Exception as error:  # noqa: BLE001  # the user's own code may raise anything, and this is where it is told
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's own code may raise anything: told here
         hint = "" if debug else " Run with --debug for the traceback."
         _fail(f"{_in_one_line(error)}.{hint}", USER_CODE_FAILED, debug)
 
@@ -280,11 +289,13 @@ def _in_one_line(error: BaseException) -> str:
 
     An exception from another process brings that process's traceback along as a note.
     """
+    if isinstance(error, SyntaxError) and error.filename:  # raised while a file is read, so no frame is in that file
+        return f"{OWN_CODE_FAILED}: {type(error).__name__}: {error.msg} ({error.filename} line {error.lineno})"
     text = "".join([*traceback.format_exception(error), *getattr(error, "__notes__", ())])
     places = re.findall(r'File "([^"<]+)", line (\d+), in (\S+)', text)
     libraries = (str(Path(__file__).parent), "site-packages", str(Path(traceback.__file__).parent))
     own = [place for place in places if not any(library in place[0] for library in libraries)]
-    told = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    told = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":.")
     if not own:
         return f"failed outside of your own files: {told}"
-    return "the model's own code failed: {} ({} line {}, in {})".format(told, *own[-1])
+    return "{}: {} ({} line {}, in {})".format(OWN_CODE_FAILED, told, *own[-1])

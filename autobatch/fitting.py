@@ -147,8 +147,8 @@ def _nothing_fits(
     size = smallest.micro_batch_size
     takes = f"more than there is: {smallest.detail}" if needed is None else format_bytes(needed)
     return NothingFits(
-        f"nothing fits: a training step with micro-batches of {size} sample{'s' if size > 1 else ''} takes {takes}, and "
-        f"the budget is {format_bytes(attempt.budget_bytes)} ({format_bytes(spot.limit_bytes)} less head-room) on "
+        f"nothing fits: a training step with micro-batches of {size} sample{'s' if size > 1 else ''} takes {takes}, "
+        f"and the budget is {format_bytes(attempt.budget_bytes)} ({format_bytes(spot.limit_bytes)} less head-room) on "
         f"{spot.info.name}. Try {', or '.join(advice)}.",
         needed_bytes=needed,
         budget_bytes=attempt.budget_bytes,

@@ -121,9 +121,9 @@ def micro_batches(samples: int, largest: int, smallest: int = 1) -> tuple[int, .
     sizes = split_evenly(samples, math.ceil(samples / largest))
     if sizes[-1] < smallest:
         raise InvalidInput(
-            f"{samples} samples cannot be split into micro-batches of {smallest} to {largest} samples, and the model "
-            f"does not run on fewer than {smallest}. Use a multiple of {smallest}; a loader's last batch can be left out "
-            "with drop_last=True."
+            f"{samples} samples cannot be split into micro-batches of {smallest} to {largest} samples, and the "
+            f"model does not run on fewer than {smallest}. Use a multiple of {smallest}; a loader's last batch can be left "
+            "out with drop_last=True."
         )
     return sizes
 
@@ -147,6 +147,10 @@ class TrainingPlan(_Data):
 
     Printing a plan shows it in full; `save` and `load` keep it as JSON.
     """
+
+    model_config = ConfigDict(
+        extra="ignore"
+    )  # the computed fields, which are in the JSON for readers that are not Python
 
     schema_version: Literal[1] = 1
     target_batch_size: Samples
@@ -182,15 +186,6 @@ class TrainingPlan(_Data):
     """What was inferred rather than given."""
     warnings: tuple[str, ...] = ()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_computed(cls, data: Any) -> Any:
-        return (
-            {key: value for key, value in data.items() if key not in cls.model_computed_fields}
-            if isinstance(data, dict)
-            else data
-        )
-
     @model_validator(mode="after")
     def _adds_up(self) -> TrainingPlan:
         if self.target_batch_size < 1 or not 0 <= self.rank < self.world_size <= self.target_batch_size:
@@ -209,13 +204,13 @@ class TrainingPlan(_Data):
             )
         return self
 
-    @computed_field  # type: ignore[prop-decorator]  # in the JSON too, for readers that are not Python
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def micro_batch_size(self) -> int:
         """The largest micro-batch of the plan (sizes differ by at most one)."""
         return max(self.micro_batch_sizes)
 
-    @computed_field  # type: ignore[prop-decorator]  # in the JSON too, for readers that are not Python
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches before one optimizer step."""

@@ -2,13 +2,8 @@
 
 import copy
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -302,30 +297,29 @@ def test_a_cuda_device_that_is_not_there_is_a_clear_error():
         autobatch.fit(nn.Linear(4, 1), 8, device="cuda")
 
 
-def test_ranks_of_a_group_agree_on_the_smallest_answer(tmp_path):
-    """Two gloo ranks on this machine, one with less memory: both end with the plan that fits on both."""
-    program = tmp_path / "ranks.py"
-    program.write_text(
-        textwrap.dedent(
-            f"""
-            import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-            import torch.distributed as dist
-            from test_fit import *
-            rank = int(sys.argv[1])
-            dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
-            plan = fit_wide(target=101, memory_limit="600MiB" if rank else "900MiB")
-            print(plan.world_size, plan.rank, plan.max_micro_batch_size, sum(plan.micro_batch_sizes), plan.verified)
-            """
+@pytest.mark.parametrize(("target", "world_size", "largest"), [(399, 2, 199), (50, 4, None), (7, 3, 2)])
+def test_every_rank_of_a_plan_names_only_sizes_that_ran(target, world_size, largest):
+    plan = autobatch.fit(nn.Linear(4, 1), target, world_size=world_size, max_micro_batch=largest, device="cpu")
+    assert all(plan.for_rank(rank).verified for rank in range(world_size))
+
+
+def test_a_failed_trial_is_told_to_progress_before_the_error_comes_out():
+    events = []
+
+    def training_step(model, batch):
+        raise LookupError("a bug")
+
+    with pytest.raises(LookupError, match="a bug"):
+        autobatch.fit(
+            nn.Linear(4, 1), 8, data=wide_batch, training_step=training_step, device="cpu", progress=events.append
         )
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, str(program), str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
-        for rank in range(2)
-    ]
-    first, second = [rank.communicate(timeout=200)[0].split() for rank in ranks]
-    assert first[:2] == ["2", "0"]
-    assert second[:2] == ["2", "1"]
-    assert first[2] == second[2]
-    assert int(first[3]) + int(second[3]) == 101
-    assert second[4] == "True"
+    assert events[-1].trial.verdict is Verdict.FAILED
+    assert "LookupError: a bug" in events[-1].trial.detail
+
+
+def test_a_model_that_calls_exit_does_not_end_the_caller():
+    def training_step(model, batch):
+        raise SystemExit(4)
+
+    with pytest.raises(autobatch.TrialCrashed, match=r"ended the process with SystemExit\(4\)"):
+        autobatch.fit(nn.Linear(4, 1), 8, data=wide_batch, training_step=training_step, device="cpu")

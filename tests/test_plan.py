@@ -274,5 +274,5 @@ def test_an_empty_batch_is_a_clear_error():
 
 def test_the_last_batch_of_a_sequence_first_loader_is_cut_by_samples():
     plan = make_plan(target=64, largest=10)
-    assert [micro.shape for micro, _ in plan.split(torch.randn(20, 64, 8))][0] == (20, 10, 8)
+    assert {micro.shape[1] for micro, _ in plan.split(torch.randn(20, 64, 8))} == {10, 9}
     assert [micro.shape[1] for micro, _ in plan.split(torch.randn(20, 15, 8), samples=15)] == [8, 7]

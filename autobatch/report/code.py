@@ -26,7 +26,7 @@ def _header(plan: TrainingPlan) -> list[str]:
         "",
         "",
         "def train_epoch(plan, model, loader, compute_loss, optimizer, scheduler=None, max_norm=None):",
-        f'    """The loader gives batches of {sum(plan.micro_batch_sizes)} samples: each is one optimizer step of {steps}.',
+        f'    """Train on batches of {sum(plan.micro_batch_sizes)} samples, each one optimizer step: {steps}.',
         "",
         "    compute_loss(model, micro) is the mean loss over the samples of one micro-batch, such as",
         f'        x, y = (part.to("{plan.device.type}") for part in micro)',

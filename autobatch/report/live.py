@@ -13,6 +13,9 @@ from autobatch.report import words
 from autobatch.report.terminal import trial_cells, trial_line
 from autobatch.units import format_bytes
 
+ROW_WIDTH = 80
+"""Columns of a terminal from which on a trial is shown with its bar; a narrower one gets a line of text."""
+
 
 class LiveProgress:
     """Shows a search on `console`: moving on a terminal, plain lines elsewhere, nothing if `quiet`.
@@ -52,7 +55,7 @@ class LiveProgress:
         elif isinstance(event, TrialStarted):
             self._doing(f"Trying micro-batches of {event.micro_batch_size} …")
         elif isinstance(event, TrialEnded):
-            if self._status:
+            if self._status and self._console.width >= ROW_WIDTH:
                 self._console.print(_row(event))
             else:
                 self.say(trial_line(event.trial, event.budget_bytes))
@@ -66,6 +69,6 @@ class LiveProgress:
 def _row(event: TrialEnded) -> Table:
     row = Table.grid(padding=(0, 2))  # Rows are printed one by one, so fixed widths keep them in columns.
     for width, justify in ((12, "left"), (13, "left"), (10, "right"), (20, "left"), (8, "right"), (None, "left")):
-        row.add_column(width=width, justify=justify)  # type: ignore[arg-type]
+        row.add_column(width=width, justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
     row.add_row(*trial_cells(event.trial, event.budget_bytes))
     return row

@@ -19,13 +19,22 @@ def sizes_in_words(sizes: Sequence[int]) -> str:
     return " + ".join(f"{count} × {size}" if count > 1 else str(size) for count, size in counted)
 
 
+def samples_in_words(count: int) -> str:
+    """A number of samples.
+
+    >>> samples_in_words(1), samples_in_words(37)
+    ('1 sample', '37 samples')
+    """
+    return f"{count} sample" if count == 1 else f"{count} samples"
+
+
 def headline(plan: TrainingPlan) -> str:
     """The answer in one line: the micro-batches of one optimizer step and what they add up to."""
-    samples = sum(plan.micro_batch_sizes)
+    samples = samples_in_words(sum(plan.micro_batch_sizes))
     if plan.accumulation_steps == 1:
-        share = f"{samples} samples per optimizer step, in one micro-batch"
+        share = f"{samples} per optimizer step, in one micro-batch"
     else:
-        share = f"{sizes_in_words(plan.micro_batch_sizes)} = {samples} samples per optimizer step"
+        share = f"{sizes_in_words(plan.micro_batch_sizes)} = {samples} per optimizer step"
     if plan.world_size == 1:
         return share
     return f"{share} on rank {plan.rank}; {plan.target_batch_size} over {plan.world_size} ranks"
@@ -34,7 +43,7 @@ def headline(plan: TrainingPlan) -> str:
 def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
     """Labels and texts that tell what stands behind the answer."""
     share = sum(plan.micro_batch_sizes)
-    largest = f"{plan.max_micro_batch_size} samples"
+    largest = samples_in_words(plan.max_micro_batch_size)
     if plan.max_micro_batch_size >= share:
         largest += ", all that a step needs"
     elif any(trial.micro_batch_size == plan.max_micro_batch_size + 1 and not trial.fits for trial in plan.trials):
@@ -43,10 +52,13 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
         largest += ", as many as were asked for"
     else:
         largest += "; up to 2 % more may fit"
-    limit = format_bytes(plan.limit_bytes)
+    less = f"{plan.headroom:.0%} head-room"
+    reserve = int(plan.limit_bytes * (1 - plan.headroom)) - plan.budget_bytes
+    if reserve > 0:
+        less += f" and {format_bytes(reserve)} for what trials do not hold"
     return [
         ("peak", f"{format_bytes(plan.peak_bytes)}, {plan.peak_bytes / plan.budget_bytes:.0%} of the budget"),
-        ("budget", f"{format_bytes(plan.budget_bytes)}: {limit} less {plan.headroom:.0%} head-room"),
+        ("budget", f"{format_bytes(plan.budget_bytes)}: {format_bytes(plan.limit_bytes)} less {less}"),
         ("largest", largest),
         (
             "evidence",

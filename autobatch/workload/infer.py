@@ -13,7 +13,7 @@ from autobatch.batches import describe, find_layout
 from autobatch.workload.calls import Reading
 from autobatch.workload.huggingface import guesses_from_config, is_huggingface, labelled
 from autobatch.workload.layers import Guess, float_dtype, guesses_from_layers
-from autobatch.workload.lightning import LightningStep, is_lightning
+from autobatch.workload.lightning import is_lightning, lightning_step
 from autobatch.workload.losses import CriterionLoss, OwnLoss, StandInLoss, own_loss, trainable_outputs
 from autobatch.workload.proof import Proof, Prover
 from autobatch.workload.recipes import Attempts, Loss, Recipe, not_inferred, stand_in_sentence
@@ -33,7 +33,7 @@ def infer(model: nn.Module, prover: Prover, criterion: Any = None, training_step
         InputsNotInferred: no guess runs; the message shows the call to make.
     """
     attempts = Attempts()
-    step = training_step or (LightningStep() if criterion is None and is_lightning(model) else None)
+    step = training_step or (lightning_step(model) if criterion is None and is_lightning(model) else None)
     found = attempts.first_proved(prover, _step_recipes(model, prover, step), SIZES) if step else None
     if found is None and training_step is None:
         found = attempts.first_proved(prover, _forward_recipes(model, prover, criterion, attempts), SIZES[:1])

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autobatch.errors import InvalidInput
+from autobatch.errors import InputsNotInferred, InvalidInput
 
 
 def is_lightning(model: nn.Module) -> bool:
@@ -31,10 +31,23 @@ class LightningStep:
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if not isinstance(loss, Tensor):
             raise InvalidInput(
-                f"{type(model).__name__}.training_step returned {type(result).__name__} instead of a loss. With manual "
-                "optimization, pass training_step=callable(model, batch) that returns the loss."
+                f"{type(model).__name__}.training_step returned {type(result).__name__} instead of a loss."
             )
         return loss
+
+
+def lightning_step(model: Any) -> LightningStep:
+    """The training step of a LightningModule as a loss.
+
+    Raises:
+        InputsNotInferred: the module optimizes manually, so that its `training_step` steps optimizers of a Trainer.
+    """
+    if not model.automatic_optimization:
+        raise InputsNotInferred(
+            f"{type(model).__name__} uses manual optimization (automatic_optimization=False): its training_step needs "
+            "a Trainer and steps the optimizers itself. Pass training_step=callable(model, batch) that returns the loss."
+        )
+    return LightningStep()
 
 
 @dataclass(frozen=True)

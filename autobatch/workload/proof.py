@@ -74,7 +74,7 @@ class Prover:
                     return Proof(code(shadow, *fakes))
         except _BEYOND_FAKES as error:
             return Proof(error=error, undecided=True)
-        except Exception as error:  # noqa: BLE001 - a wrong guess may fail in any way; what went wrong is in the proof
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a wrong guess may fail in any way; what went wrong is in the proof
             return Proof(error=error, undecided=_reads_memory(error))
 
     def _fake(self, tensor: Tensor) -> Tensor:

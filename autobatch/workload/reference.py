@@ -14,7 +14,7 @@ from autobatch.workload.workload import Workload
 
 _CLASSES = 100
 _VOCABULARY = 1024
-_TOKENS = 256
+_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -107,5 +107,5 @@ def _token_ids(samples: int) -> tuple[Tensor, Tensor]:
 REFERENCES = (
     Reference("mlp", "4 linear layers 2048 wide; vectors of 2048", _mlp),
     Reference("cnn", "3 residual blocks of up to 128 channels; images of 3 × 96 × 96", _cnn),
-    Reference("transformer", "decoder of 4 layers 256 wide; 256 tokens of 1024 kinds", _transformer),
+    Reference("transformer", "decoder of 4 layers 256 wide; 128 tokens of 1024 kinds", _transformer),
 )

@@ -27,7 +27,7 @@ def load(spec: str, limit_bytes: int | None = None) -> nn.Module | Workload:
     - `path/to/file.py:factory` or `package.module:factory`: what `factory()` returns, or a model or workload of that
       name. The file's folder (for a module: the current folder) is importable, as it is for `python file.py`.
     - `hf:gpt2`, `timm:resnet50`, `torchvision:resnet50`: that architecture in its default configuration, with fresh
-      weights; `hf:gpt2?n_layer=2&n_embd=128` overrides parts of it.
+      weights; `hf:gpt2?n_layer=2&n_embd=96` overrides parts of it.
 
     Args:
         spec: one of the forms above.
@@ -36,7 +36,7 @@ def load(spec: str, limit_bytes: int | None = None) -> nn.Module | Workload:
     Raises:
         InvalidInput: the spec cannot be read, or names nothing that can be used; the message lists what there is.
         NothingFits: the weights alone are more than `limit_bytes`.
-        Exception: whatever the user's own code raises, as it is.
+        BaseException: whatever the user's own code raises, as it is.
     """
     source, colon, name = spec.partition(":")
     if colon and source in ZOOS:

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl
@@ -13,7 +14,7 @@ from urllib.parse import parse_qsl
 import torch
 from torch import nn
 
-from autobatch.errors import InvalidInput, NothingFits
+from autobatch.errors import AutobatchError, InvalidInput, NothingFits
 from autobatch.units import format_bytes
 
 # What a model is trained for, the most telling task first: T5 and BART also count as masked or causal language models,
@@ -36,19 +37,29 @@ def load_from_zoo(zoo: str, name: str, limit_bytes: int | None = None) -> nn.Mod
 
     Args:
         zoo: a key of `ZOOS`: "hf", "timm" or "torchvision".
-        name: such as "gpt2" or "resnet50"; "gpt2?n_layer=2&n_embd=128" overrides parts of the configuration.
+        name: such as "gpt2" or "resnet50"; "gpt2?n_layer=2&n_embd=96" overrides parts of the configuration.
         limit_bytes: the memory that the model must fit in; checked before a single weight is allocated.
 
     Raises:
-        InvalidInput: the library is not installed or does not load, or has no such model or option.
+        InvalidInput: the library is not installed or does not load, has no such model or option, or refuses what the options
+            say.
         NothingFits: the weights alone are more than `limit_bytes`.
     """
     name, _, query = name.partition("?")
     options = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
-    build = ZOOS[zoo](name, options)
-    if limit_bytes is not None:
-        _check_room(f"{zoo}:{name}", build, limit_bytes)
-    return build()
+    try:
+        build = ZOOS[zoo](name, options)
+        if limit_bytes is not None:
+            _check_room(f"{zoo}:{name}", build, limit_bytes)
+        return build()
+    except AutobatchError:
+        raise
+    except Exception as error:  # what a library makes of options that do not go together may be any error
+        if not options:
+            raise
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise InvalidInput(f"{zoo}:{name} cannot be built with {given}: {reason}.") from error
 
 
 def _hugging_face(name: str, options: Mapping[str, Any]) -> Callable[[], nn.Module]:
@@ -79,14 +90,14 @@ def _timm(name: str, options: Mapping[str, Any]) -> Callable[[], nn.Module]:
     timm = _library("timm", extra="vision")
     if not timm.is_model(name):
         raise InvalidInput(_unknown("timm has no model", name, timm.list_models()))
-    return _with_options(timm.create_model, name, options)
+    return partial(timm.create_model, name, **options)
 
 
 def _torchvision(name: str, options: Mapping[str, Any]) -> Callable[[], nn.Module]:
     models = _library("torchvision.models", extra="vision")
     if name not in (known := models.list_models()):
         raise InvalidInput(_unknown("torchvision has no model", name, known))
-    return _with_options(models.get_model, name, options)
+    return partial(models.get_model, name, **options)
 
 
 ZOOS: Mapping[str, Callable[[str, Mapping[str, Any]], Callable[[], nn.Module]]] = {
@@ -95,18 +106,6 @@ ZOOS: Mapping[str, Callable[[str, Mapping[str, Any]], Callable[[], nn.Module]]] 
     "torchvision": _torchvision,
 }
 """What turns a name and options into a function that builds the model, by the prefix used in a SPEC."""
-
-
-def _with_options(create: Callable[..., nn.Module], name: str, options: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        try:
-            return create(name, **options)
-        except TypeError as error:
-            if options:
-                raise InvalidInput(f"{name} cannot be built with {dict(options)}: {error}") from error
-            raise
-
-    return build
 
 
 def _check_room(what: str, build: Callable[[], nn.Module], limit_bytes: int) -> None:
