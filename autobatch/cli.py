@@ -32,7 +32,7 @@ INTERRUPTED = 130
 OWN_CODE_FAILED = "the model's own code failed"
 
 GPU_REFERENCE_TARGET, CPU_REFERENCE_TARGET = 4096, 32
-CPU_REFERENCE_ROOM = 512 * 1024**2
+CPU_REFERENCE_ROOM = 384 * 1024**2
 """Without a SPEC: all of a GPU's memory is quickly filled, but a CPU would take minutes for all of its own. The room is
 what trials get beyond what Python and torch hold, which is some 200 MiB or, for a CUDA build of torch, 900."""
 
@@ -191,8 +191,8 @@ def _characterise(
     if limit is None and is_cpu:
         limit = data_bytes() + CPU_REFERENCE_ROOM
         live.say(
-            f"Trying within {format_bytes(limit)} ({format_bytes(CPU_REFERENCE_ROOM)} more than Python and torch hold), "
-            "so that it is quick; choose another with --memory-limit."
+            f"Trying within {format_bytes(limit)} ({format_bytes(CPU_REFERENCE_ROOM)} more than Python and torch), "
+            "to be quick; choose another with --memory-limit."
         )
     return profile_device(
         target,

@@ -1,12 +1,13 @@
 """Train a small GPT on the text of Python's own manual, with a batch that does not fit in memory at once.
 
 python examples/char_gpt.py
-autobatch probe examples/char_gpt.py:workload --target 1024 --memory-limit 1GiB
+autobatch probe examples/char_gpt.py:workload --target 256 --memory-limit 2GiB
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 import autobatch
 
-TARGET = 256  # samples behind each optimizer step
-MEMORY_LIMIT = "768MiB"
-STEPS = 30
+TARGET = 128  # samples behind each optimizer step
+MEMORY = 256 * 1024**2  # bytes for the training; the whole target at once would need more
+STEPS = 20
 CONTEXT = 64  # characters that the model sees
-WIDTH, HEADS, LAYERS = 128, 4, 3
+WIDTH, HEADS, LAYERS = 128, 4, 2
 
 TEXT = "\n".join(topics[name] for name in sorted(topics))
 ALPHABET = sorted(set(TEXT))
@@ -70,6 +71,12 @@ def workload() -> autobatch.Workload:
     return autobatch.Workload(CharGPT(), data=sample_batch, loss=loss_fn)
 
 
+def memory_held() -> int:
+    """Bytes of memory that Python and torch take in this process before there is any model."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+
+
 @torch.no_grad()
 def write(model: nn.Module, start: str, length: int) -> str:
     """Let the model go on from `start`."""
@@ -83,7 +90,8 @@ def write(model: nn.Module, start: str, length: int) -> str:
 def main() -> None:
     torch.manual_seed(0)
     model = CharGPT()
-    plan = autobatch.fit(model, TARGET, data=sample_batch, loss=loss_fn, device="cpu", memory_limit=MEMORY_LIMIT)
+    limit = memory_held() + MEMORY
+    plan = autobatch.fit(model, TARGET, data=sample_batch, loss=loss_fn, device="cpu", memory_limit=limit)
     print(plan)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

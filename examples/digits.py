@@ -7,19 +7,36 @@ python examples/digits.py
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 
-TARGET = 1024  # samples behind each optimizer step
-MEMORY_LIMIT = "640MiB"
-EPOCHS = 20
+TARGET = 512  # samples behind each optimizer step
+MEMORY = 256 * 1024**2  # bytes for the training; the whole target at once would need more
+EPOCHS = 10
+
+
+def memory_held() -> int:
+    """Bytes of memory that Python and torch take in this process before there is any model."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+
+
+def load_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels to train on, images and labels to test with."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    split = train_test_split(images / 16, labels, test_size=0.2, random_state=0, stratify=labels)
+    train_x, test_x = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) for x in split[:2])
+    train_y, test_y = (torch.tensor(y) for y in split[2:])
+    return train_x, train_y, test_x, test_y
 
 
 def make_model(channels: int = 32) -> nn.Module:
@@ -31,15 +48,13 @@ def make_model(channels: int = 32) -> nn.Module:
 
 
 def main() -> None:
+    memory_limit = memory_held() + MEMORY  # measured before scikit-learn is loaded, which the trials do not need
     torch.manual_seed(0)
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images / 16, labels, test_size=0.2, random_state=0, stratify=labels)
-    train_x, test_x = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) for x in split[:2])
-    train_y, test_y = (torch.tensor(y) for y in split[2:])
+    train_x, train_y, test_x, test_y = load_images()
     train = TensorDataset(train_x, train_y)
 
     model = make_model()
-    plan = autobatch.fit(model, TARGET, data=train, loss=F.cross_entropy, device="cpu", memory_limit=MEMORY_LIMIT)
+    plan = autobatch.fit(model, TARGET, data=train, loss=F.cross_entropy, device="cpu", memory_limit=memory_limit)
     print(plan)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,11 +16,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from autobatch import TrainingPlan, __version__
+from autobatch import DeviceInfo, TrainingPlan, __version__
 from autobatch.cli import app
+from autobatch.profile import DeviceProfile
 
 MODELS = """
-import time
+import sys, time
 import torch
 from torch import nn
 from autobatch import Workload
@@ -46,6 +48,18 @@ class Slow(nn.Linear):
     def forward(self, x):
         if type(x) is torch.Tensor:
             time.sleep(60)
+        return super().forward(x)
+
+def exits():
+    sys.exit(0)
+
+def prints():
+    print("a print of the factory")
+    return Printing(8, 1)
+
+class Printing(nn.Linear):
+    def forward(self, x):
+        print("a print of the forward pass")
         return super().forward(x)
 
 def slow():
@@ -124,6 +138,7 @@ def test_nothing_fits_is_exit_code_1_and_says_how_much_is_needed(folder: Path) -
         (["cli_models.py:make", "--target", "4", "--output", "/dev/null"], "is not a file"),
         (["cli_models.py:make", "--target", "4", "--output", "/proc/plan.json"], "cannot be written"),
         (["--world-size", "2"], "without a SPEC"),
+        (["hf:gpt2?n_layer=2&n_embd=100", "--target", "4"], "n_layer=2, n_embd=100: .*divisible.*[^.]\\.$"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -145,12 +160,36 @@ def test_arguments_that_cannot_be_parsed_are_exit_code_2(arguments: list[str]) -
     [
         ("broken_factory", r"KeyError: 'no such layer' \(.*cli_models.py line 14, in broken_factory\)"),
         ("broken_forward", r"ZeroDivisionError: the forward pass is broken \(.*cli_models.py line 19, in forward\)"),
+        ("exits", r"SystemExit: 0 \(.*cli_models.py line 32, in exits\)"),
     ],
 )
 def test_the_models_own_failure_is_exit_code_3_and_says_where(folder: Path, factory: str, complaint: str) -> None:
     result = run("probe", f"cli_models.py:{factory}", "--target", "4", *SMALL, "--quiet")
     assert (result.exit_code, result.stdout) == (3, "")
     assert re.search(complaint, told(result))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("x = 1\ndef make(:\n", r"SyntaxError: .* \(.*half\.py line 2\)"),
+        ("import sys\nsys.exit(4)\n", "SystemExit: 4 .*line 2"),
+    ],
+    ids=["syntax", "exit"],
+)
+def test_a_file_that_cannot_be_read_to_its_end_is_exit_code_3_and_says_where(
+    folder: Path, text: str, complaint: str
+) -> None:
+    (folder / "half.py").write_text(text)
+    result = run("probe", "half.py:make", "--target", "4")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert re.search(f"the model's own code failed: {complaint}", told(result))
+
+
+def test_what_the_users_code_prints_goes_to_stderr(folder: Path) -> None:
+    result = run("probe", "cli_models.py:prints", "--target", "1", *SMALL, "--quiet", "--json")
+    assert TrainingPlan.model_validate_json(result.stdout).target_batch_size == 1
+    assert {"a print of the factory", "a print of the forward pass"} <= set(result.stderr.splitlines())
 
 
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(folder: Path) -> None:
@@ -210,6 +249,30 @@ def test_probe_without_a_spec_characterises_the_device_and_saves_the_profile(fol
         assert found["plan"]["max_micro_batch_size"] == 2
         assert found["samples_per_second"] > 0
         assert found["name"] in result.stdout
+
+
+def test_a_profile_that_cannot_be_saved_leaves_the_older_one_and_is_printed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = DeviceProfile(
+        device=DeviceInfo(type="cpu", name="A CPU", total_bytes=2**30),
+        limit_bytes=2**30,
+        target_batch_size=2,
+        precision="fp32",
+        results=(),
+    )
+    (folder / "autobatch-profile-a-cpu.json").write_text("older")
+    monkeypatch.setattr("autobatch.profile.profile_device", lambda *args, **options: profile)
+    monkeypatch.setattr(Path, "replace", full_disk)
+    result = run("probe", "--device", "cpu", "--quiet", "--json")
+    assert result.exit_code == 2
+    assert DeviceProfile.model_validate_json(result.stdout) == profile
+    assert re.search(r"autobatch-profile-a-cpu\.json cannot be written: .*No space left", told(result))
+    assert [file.read_text() for file in folder.glob("*.json")] == ["older"]
+
+
+def full_disk(*paths: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_devices_lists_this_cpu_and_its_memory() -> None:

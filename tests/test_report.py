@@ -32,7 +32,7 @@ def make_plan(**changes: Any) -> TrainingPlan:
         "max_is_exact": True,
         "peak_bytes": int(1.8 * GIB),
         "limit_bytes": 2 * GIB,
-        "budget_bytes": int(1.9 * GIB),
+        "budget_bytes": int(2 * GIB * 0.95),
         "headroom": 0.05,
         "verified": True,
         "device": DEVICE,
@@ -74,8 +74,21 @@ def test_a_plan_that_needs_no_accumulation_says_so() -> None:
     assert "37 samples per optimizer step, in one micro-batch" in str(plan)
 
 
+def test_a_single_sample_is_no_samples() -> None:
+    trials = (Trial(micro_batch_sizes=(1,), verdict=Verdict.FITS, peak_bytes=int(1.8 * GIB)),)
+    text = str(make_plan(target_batch_size=1, micro_batch_sizes=(1,), max_micro_batch_size=1, trials=trials))
+    assert "1 sample per optimizer step" in text
+    assert "1 sample, all that a step needs" in text
+
+
+def test_the_budget_adds_up() -> None:
+    assert "1.90 GiB: 2.00 GiB less 5% head-room\n" in str(make_plan())
+    with_reserve = make_plan(budget_bytes=int(2 * GIB * 0.95) - 24 * 1024**2)
+    assert "1.88 GiB: 2.00 GiB less 5% head-room and 24.0 MiB for what trials do not hold" in str(with_reserve)
+
+
 def test_a_plan_over_ranks_says_whose_share_it_shows() -> None:
-    plan = make_plan(target_batch_size=100, world_size=3, rank=1, micro_batch_sizes=(33,))
+    plan = make_plan(target_batch_size=100, world_size=3, rank=1, micro_batch_sizes=(33,), verified=False)
     assert "33 samples per optimizer step, in one micro-batch on rank 1; 100 over 3 ranks" in str(plan)
 
 
@@ -133,6 +146,13 @@ def test_progress_on_a_terminal_shows_each_trial_and_what_is_being_tried() -> No
     assert "Trying micro-batches of 38" in shown
     assert "over budget" in shown
     assert "━" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_progress_keeps_a_number_and_its_unit_together_however_narrow_the_terminal(width: int) -> None:
+    shown = show_a_search(Console(file=io.StringIO(), width=width, force_terminal=True))
+    for peak in ("512.0 MiB", "2.00 GiB", "1.80 GiB"):
+        assert peak in shown
 
 
 def test_quiet_progress_is_silent() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from autobatch import InvalidInput, NothingFits, Workload
-from autobatch.workload import specs, zoo
+from autobatch import InputsNotInferred, InvalidInput, NothingFits, Workload
+from autobatch.workload import resolve, specs, zoo
 
 MODELS = """
 from torch import nn
@@ -160,13 +160,47 @@ def test_options_change_the_configuration() -> None:
         ("hf:gpt2?n_layers=2", "no option 'n_layers'. Did you mean n_layer"),
         ("timm:resnet5", "Did you mean resnet5"),
         ("torchvision:resnet5", "Did you mean resnet5"),
-        ("torchvision:resnet18?no_such_option=1", "no_such_option"),
     ],
 )
 def test_an_unknown_name_gets_the_close_ones(spec: str, complaint: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         specs.load(spec)
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("hf:gpt2?n_layer=2&n_embd=100", r"hf:gpt2 cannot be built with n_layer=2, n_embd=100: .*divisible.*[^.]\.$"),
+        ("timm:resnet10t?no_such_option=1", r"timm:resnet10t cannot be built with no_such_option=1: "),
+        ("torchvision:resnet18?no_such_option=1", r"torchvision:resnet18 cannot be built with no_such_option=1: "),
+    ],
+)
+@pytest.mark.parametrize("limit_bytes", [None, 2**40])
+def test_options_that_a_library_refuses_are_told_with_its_reason(
+    spec: str, complaint: str, limit_bytes: int | None
+) -> None:
+    with pytest.raises(InvalidInput, match=complaint):
+        specs.load(spec, limit_bytes)
+
+
+def test_a_lightning_module_that_optimizes_manually_is_told_to_pass_a_training_step() -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Manual(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: torch.Tensor) -> None:
+            self.manual_backward(self(batch).mean())
+
+    with pytest.raises(InputsNotInferred, match=r"manual optimization.*training_step=callable"):
+        resolve(Workload(Manual()))
 
 
 def test_a_model_whose_weights_alone_are_too_large_is_refused_before_it_is_built() -> None:

@@ -45,7 +45,7 @@ def lightning_step(model: Any) -> LightningStep:
     if not model.automatic_optimization:
         raise InputsNotInferred(
             f"{type(model).__name__} uses manual optimization (automatic_optimization=False): its training_step needs "
-            "a Trainer and steps the optimizers itself. Pass training_step=callable(model, batch) that returns the loss."
+            "a Trainer and steps optimizers itself. Pass training_step=callable(model, batch) that returns the loss."
         )
     return LightningStep()
 

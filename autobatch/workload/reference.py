@@ -28,14 +28,14 @@ class Reference:
 
 
 def _mlp(precision: Precision) -> Workload:
-    width = 2048
+    width = 1024
     hidden = [layer for _ in range(3) for layer in (nn.Linear(width, width), nn.ReLU())]
     model = nn.Sequential(*hidden, nn.Linear(width, _CLASSES))
     return Workload(model, data=_vectors, loss=F.cross_entropy, precision=precision)
 
 
 def _vectors(samples: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(samples, 2048), torch.randint(_CLASSES, (samples,))
+    return torch.randn(samples, 1024), torch.randint(_CLASSES, (samples,))
 
 
 class _Residual(nn.Module):
@@ -78,7 +78,7 @@ def _images(samples: int) -> tuple[Tensor, Tensor]:
 class _Decoder(nn.Module):
     """A decoder-only transformer over tokens: pre-norm, learned positions, causal attention."""
 
-    def __init__(self, width: int = 256, heads: int = 4, layers: int = 4) -> None:
+    def __init__(self, width: int = 256, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
         self.tokens = nn.Embedding(_VOCABULARY, width)
         self.positions = nn.Parameter(torch.zeros(_TOKENS, width))
@@ -105,7 +105,7 @@ def _token_ids(samples: int) -> tuple[Tensor, Tensor]:
 
 
 REFERENCES = (
-    Reference("mlp", "4 linear layers 2048 wide; vectors of 2048", _mlp),
+    Reference("mlp", "4 linear layers 1024 wide; vectors of 1024", _mlp),
     Reference("cnn", "3 residual blocks of up to 128 channels; images of 3 × 96 × 96", _cnn),
-    Reference("transformer", "decoder of 4 layers 256 wide; 128 tokens of 1024 kinds", _transformer),
+    Reference("transformer", "decoder of 2 layers 256 wide; 128 tokens of 1024 kinds", _transformer),
 )

@@ -41,8 +41,8 @@ def load_from_zoo(zoo: str, name: str, limit_bytes: int | None = None) -> nn.Mod
         limit_bytes: the memory that the model must fit in; checked before a single weight is allocated.
 
     Raises:
-        InvalidInput: the library is not installed or does not load, has no such model or option, or refuses what the options
-            say.
+        InvalidInput: the library is not installed or does not load, has no such model or option, or refuses
+            the options.
         NothingFits: the weights alone are more than `limit_bytes`.
     """
     name, _, query = name.partition("?")
