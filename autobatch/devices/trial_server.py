@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SETTLING_STEPS = 5
 """Steps at most that a trial at the very edge of the limit runs until its peak no longer grows."""
-QUIET_STEPS = 3
+QUIET_STEPS = 2
 """Steps without growth after which a peak counts as settled: a heap's peak stands still for a step or two on its way
 up."""
 

@@ -34,7 +34,7 @@ class Proof:
 
     value: Any = None
     """What the code returned, its tensors fake, where it ran."""
-    error: Exception | None = None
+    error: BaseException | None = None
     """Why it does not run, or None."""
     undecided: bool = False
     """The code looks at values, which fake tensors do not have: it may or may not run."""
@@ -74,7 +74,8 @@ class Prover:
                     return Proof(code(shadow, *fakes))
         except _BEYOND_FAKES as error:
             return Proof(error=error, undecided=True)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a wrong guess may fail in any way; what went wrong is in the proof
+        # A wrong guess may fail in any way, and a model may call exit; what went wrong is in the proof.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             return Proof(error=error, undecided=_reads_memory(error))
 
     def _fake(self, tensor: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class Prover:
         return self._mode.from_tensor(leaf, static_shapes=True).to(self._device) if isinstance(leaf, Tensor) else leaf
 
 
-def _reads_memory(error: Exception) -> bool:
+def _reads_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, NotImplementedError, TypeError)) and any(
         word in str(error) for word in _BEYOND_FAKES_WORDS
     )

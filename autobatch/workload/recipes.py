@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autobatch.errors import InputsNotInferred
 from autobatch.workload.calls import Reading, split_readings, whole_readings
 from autobatch.workload.data import Source
-from autobatch.workload.lightning import LightningStep, is_lightning
+from autobatch.workload.lightning import is_lightning, lightning_step
 from autobatch.workload.losses import CriterionLoss, OwnLoss, StandInLoss, describe_stand_in
 from autobatch.workload.proof import Proof, Prover
 
@@ -129,7 +129,7 @@ def _readings(model: nn.Module, prover: Prover, batch: Any, source: Source, crit
             yield recipe(CriterionLoss(reading, criterion), str(reading), describe_reading(reading))
         return
     if is_lightning(model):
-        yield recipe(LightningStep(), "training_step(batch, 0)")
+        yield recipe(lightning_step(model), "training_step(batch, 0)")
     for reading in whole_readings(model, batch):
         said = (describe_reading(reading), "Loss assumed: the one that the model returns, as no loss was given.")
         yield recipe(OwnLoss(reading), f"the model's own loss, {reading}", *said)
