@@ -121,8 +121,8 @@ def micro_batches(samples: int, largest: int, smallest: int = 1) -> tuple[int, .
     sizes = split_evenly(samples, math.ceil(samples / largest))
     if sizes[-1] < smallest:
         raise InvalidInput(
-            f"{samples} samples cannot be split into micro-batches of {smallest} to {largest}, and the model does not run "
-            f"on fewer than {smallest}. Use a multiple of {smallest}; a loader's last batch can be left out with "
+            f"{samples} samples cannot be split into micro-batches of {smallest} to {largest}, and the model does not "
+            f"run on fewer than {smallest}. Use a multiple of {smallest}; a loader's last batch can be left out with "
             "drop_last=True."
         )
     return sizes
