@@ -136,10 +136,14 @@ def micro_batches_of_ranks(target: int, world_size: int, largest: int, smallest:
     """
     shares = split_evenly(target, world_size)
     steps = len(micro_batches(shares[0], largest, smallest))
-    return [
-        split_evenly(share, steps) if share >= steps * smallest else micro_batches(share, largest, smallest)
-        for share in shares
-    ]
+    return [_in_steps(share, steps, largest, smallest) for share in shares]
+
+
+def _in_steps(share: int, steps: int, largest: int, smallest: int) -> tuple[int, ...]:
+    """A rank's share in that many micro-batches, or in as few as fit where it cannot be."""
+    if steps * smallest <= share <= steps * largest:
+        return split_evenly(share, steps)
+    return micro_batches(share, largest, smallest)
 
 
 class TrainingPlan(_Data):
@@ -226,10 +230,9 @@ class TrainingPlan(_Data):
             raise InvalidInput(
                 f"rank {rank} is not one of this plan's {self.world_size} ranks (0 to {self.world_size - 1})."
             )
-        lists = micro_batches_of_ranks(
-            self.target_batch_size, self.world_size, self.max_micro_batch_size, self.min_micro_batch_size
-        )
-        return self._with_sizes(lists[rank], rank)
+        share = split_evenly(self.target_batch_size, self.world_size)[rank]
+        steps, largest, smallest = self.accumulation_steps, self.max_micro_batch_size, self.min_micro_batch_size
+        return self._with_sizes(_in_steps(share, steps, largest, smallest), rank)
 
     def uniform(self) -> TrainingPlan:
         """The plan with one single micro-batch size, for frameworks that take no other: the largest that divides a

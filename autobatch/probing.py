@@ -131,17 +131,16 @@ def probe(attempt: Attempts, step: TrainingStep, question: Question) -> Answer |
             "(BatchNorm cannot normalise a single one). Choose a larger target or max_micro_batch."
         )
     search = _search(attempt, step, question)
-    agreed = question.smallest(search.best or 0)
-    while agreed:
-        largest = agreed
-        lists = micro_batches_of_ranks(question.target, question.world_size, largest, step.min_micro_batch)
-        named = list(dict.fromkeys(lists))
-        failed = next((trial for sizes in named if (trial := _confirm(attempt, sizes)) and not trial.fits), None)
-        agreed = question.smallest(largest if failed is None else _smaller(attempt, failed))
-        if agreed == largest:
+    found = size = question.smallest(search.best or 0)
+    while size >= step.min_micro_batch:
+        lists = micro_batches_of_ranks(question.target, question.world_size, size, step.min_micro_batch)
+        trials = (_confirm(attempt, sizes) for sizes in dict.fromkeys(lists))
+        failed = next((trial for trial in trials if trial and not trial.fits), None)
+        agreed = question.smallest(size if failed is None else _smaller(attempt, failed))
+        if agreed == size:
+            largest = question.smallest(found if found in attempt.sizes_confirmed else size)
             return Answer(largest, search.proved and search.best == largest, lists[0], search.cut_short)
-        if agreed < step.min_micro_batch:
-            return None
+        size = agreed
     return None
 
 

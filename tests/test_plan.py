@@ -174,6 +174,9 @@ def test_the_code_for_several_ranks_synchronises_with_the_last_micro_batch_only(
 def test_ranks_with_unequal_shares_take_the_same_number_of_steps_and_sizes_that_the_model_runs_on():
     assert micro_batches_of_ranks(399, 2, 199) == [(100, 100), (100, 99)]
     assert micro_batches_of_ranks(7, 2, 3, smallest=2) == [(2, 2), (3,)]
+    second = make_plan(7, 3, world_size=2, min_micro_batch_size=2).for_rank(1)
+    assert second.micro_batch_sizes == (3,)
+    assert second.for_rank(0).micro_batch_sizes == (2, 2)
 
 
 def test_a_batch_is_cut_where_the_plan_expects_its_samples():
