@@ -296,47 +296,6 @@ def test_the_cuda_context_is_not_created_to_keep_its_random_state(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_the_precision_of_float32_is_kept(precision):
-    with preserved(tensors=False):
-        torch.set_float32_matmul_precision(precision)
-        before = float32_settings()
-        with preserved(tensors=False):
-            torch.set_float32_matmul_precision("high" if precision == "medium" else "medium")
-            torch.backends.cudnn.allow_tf32 = False
-            assert float32_settings() != before
-        assert (float32_settings(), torch.get_float32_matmul_precision()) == (before, precision)
-
-
-def test_a_precision_that_torch_cannot_say_in_one_word_is_kept():
-    with preserved(tensors=False):
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        with pytest.raises(RuntimeError):
-            torch.get_float32_matmul_precision()
-        before = float32_settings()
-        with preserved(tensors=False):
-            torch.backends.cuda.matmul.fp32_precision = "ieee"
-            torch.backends.cudnn.conv.fp32_precision = "ieee"
-        assert float32_settings() == before
-        assert before[0] == "tf32"
-
-
-def test_a_precision_that_was_inherited_is_inherited_again():
-    with preserved(tensors=False):
-        torch.backends.fp32_precision = "tf32"
-        with preserved(tensors=False):
-            torch.backends.fp32_precision = "ieee"
-        assert float32_settings()[0] == "tf32"
-        torch.backends.fp32_precision = "ieee"
-        assert float32_settings()[0] == "ieee"
-
-
-def float32_settings():
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    backends = cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
-    return [each.fp32_precision for each in backends]
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to itself")
 def test_ctrl_c_while_restoring_waits_until_all_is_restored():
     model = nn.Linear(3, 3)

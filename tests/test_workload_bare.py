@@ -246,7 +246,7 @@ def test_mistakes_in_a_workload_are_told_at_once():
     model = nn.Linear(2, 2)
     cases = [
         ({"model": nn.Linear}, "Pass an instance: Linear"),
-        ({"model": nn.ReLU()}, "no parameters"),
+        ({"model": nn.ReLU()}, "no trainable parameters"),
         ({"model": model, "loss": nn.MSELoss}, "Pass an instance: MSELoss"),
         ({"model": model, "loss": nn.MSELoss(), "training_step": len}, "both given"),
         ({"model": model, "precision": "fp8"}, "'fp32', 'bf16', 'fp16'"),

@@ -29,7 +29,7 @@ def preserved(*objects: Any, tensors: bool = True, device: torch.device | None =
     attribute of the modules and optimizers (train/eval flags, hooks, caches, lazily made optimizer state; containers in
     them too), gradients (the same tensor objects, or None), `requires_grad`, tensor hooks, and random state: Python's,
     NumPy's, torch's on the CPU and on all GPUs, and that of every generator found (such as a DataLoader's). Likewise
-    grad mode, the default dtype, cuDNN's flags and the precision of float32 arithmetic (TF32).
+    grad mode, the default dtype and cuDNN's flags.
 
     Args:
         tensors: also keep what is in parameters, buffers, other tensors of the modules, and optimizer state; gradients
@@ -95,27 +95,6 @@ def _keep_settings(undo: ExitStack) -> None:
     undo.callback(torch.set_default_dtype, torch.get_default_dtype())
     for flag in ("benchmark", "deterministic", "enabled"):
         undo.callback(setattr, torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
-    cudnn: Any = torch.backends.cudnn
-    mkldnn: Any = torch.backends.mkldnn
-    backends = [mkldnn, cudnn, torch.backends]  # those from which the others inherit come first
-    backends += [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
-    undo.callback(_put_back_precisions, _matmul_precision(), [(each, each.fp32_precision) for each in backends])
-
-
-def _matmul_precision() -> str | None:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # the backends have been given precisions that one word for all of them cannot say
-        return None
-
-
-def _put_back_precisions(matmul: str | None, precisions: list[tuple[Any, str]]) -> None:
-    """Set only those that were changed: setting one that is inherited would end the inheritance."""
-    if matmul is not None and matmul != _matmul_precision():
-        torch.set_float32_matmul_precision(matmul)
-    for backend, precision in precisions:
-        if backend.fp32_precision != precision:
-            backend.fp32_precision = precision
 
 
 def _keep_generator(undo: ExitStack, generator: Any) -> None:
