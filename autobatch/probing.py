@@ -75,8 +75,8 @@ class Attempts:
     run: RunTrial
     budget_bytes: int
     progress: OnProgress
-    peaks_grow: bool
-    """Whether only a thorough trial confirms a size on this device."""
+    settled_below: float
+    """The share of the budget above which only a thorough trial confirms a size."""
     trials: list[Trial] = field(default_factory=list)
     sizes_confirmed: set[int] = field(default_factory=set)
     """Every size that ran within the budget, as thoroughly as the device asks for."""
@@ -90,7 +90,8 @@ class Attempts:
                 Trial(micro_batch_sizes=sizes, verdict=Verdict.FAILED, detail=f"{type(error).__name__}: {error}")
             )
             raise
-        if trial.fits and (thorough or not self.peaks_grow):
+        settled = (trial.peak_bytes or 0) <= self.budget_bytes * self.settled_below
+        if trial.fits and (thorough or settled):
             self.sizes_confirmed.update(sizes)
         self._note(trial)
         return trial

@@ -47,8 +47,8 @@ class Device(Protocol):
         ...
 
     @property
-    def peaks_grow(self) -> bool:
-        """Whether a trial's peak may still grow over the steps after it, so that an answer needs a thorough trial."""
+    def settled_below(self) -> float:
+        """The share of the budget up to which a trial's peak needs no thorough look: it may grow over later steps."""
         ...
 
     @property

@@ -43,7 +43,7 @@ class CpuDevice:
     """
 
     least_headroom = HEAP_NOISE
-    peaks_grow = True
+    settled_below = NEAR
 
     def __init__(self, memory_limit: int | None = None) -> None:
         if not sys.platform.startswith("linux"):

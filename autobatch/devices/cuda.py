@@ -33,7 +33,7 @@ class CudaDevice:
     """One GPU. This process' bytes on it: what torch's allocator reserves, and context and libraries outside that."""
 
     least_headroom = 0.0
-    peaks_grow = False
+    settled_below = 1.0
 
     def __init__(
         self,
