@@ -19,8 +19,10 @@ help:  ## say what there is
 demo: $(STAMP)-base  ## make a training plan for a small GPT from this machine's real memory
 	$(BIN)/autobatch probe examples/char_gpt.py:workload --target 1024 --device cpu --memory-limit 1GiB --output plan.json
 
+# One thread for each of several workers: OpenMP's threads spin while they wait, so that two processes with two threads
+# each take three times as long on two cores.
 test: $(STAMP)-test  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 $(ARGS)
 
 proof: $(STAMP)-test  ## prove answers at the edge of memory in fresh processes (minutes)
 	$(BIN)/python -m pytest -m slow $(ARGS)
