@@ -52,6 +52,8 @@ class Trial(_Data):
     verdict: Verdict
     peak_bytes: int | None = None
     """The most bytes that the process held on the device, to compare with the budget; None if it ran out first."""
+    rest_bytes: int | None = None
+    """Bytes held before the last micro-batch: what is there whatever its size."""
     turn_bytes: int | None = None
     """Bytes held at the turn from forward to backward of the last micro-batch."""
     peak_allocated_bytes: int | None = None

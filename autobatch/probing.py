@@ -77,6 +77,8 @@ class Attempts:
     progress: OnProgress
     settled_below: float
     """The share of the budget above which only a thorough trial confirms a size."""
+    noise_bytes: float
+    """How far two runs of the same step may peak apart."""
     trials: list[Trial] = field(default_factory=list)
     sizes_confirmed: set[int] = field(default_factory=set)
     """Every size that ran within the budget, as thoroughly as the device asks for."""
@@ -139,7 +141,7 @@ def probe(attempt: Attempts, step: TrainingStep, question: Question) -> Answer |
         failed = next((trial for trial in trials if trial and not trial.fits), None)
         agreed = question.smallest(size if failed is None else _smaller(attempt, failed))
         if agreed == size:
-            largest = question.smallest(found if found in attempt.sizes_confirmed else size)
+            largest = found if size == found else max(lists[0])  # what failed at a second look is no answer
             return Answer(largest, search.proved and search.best == largest, lists[0], search.cut_short)
         size = agreed
     return None
@@ -175,10 +177,13 @@ def _search(attempt: Attempts, step: TrainingStep, question: Question) -> MicroB
         question.cap,
         minimum=step.min_micro_batch,
         exact=question.exact,
+        noise_bytes=attempt.noise_bytes,
         # The whole target in one pass holds no gradients of an earlier micro-batch.
         whole_saving_bytes=gradients if whole else 0,
     )
     while (size := search.propose()) is not None:
         trial = attempt((size,) if whole and size == question.cap else (size, size), thorough=question.exact)
-        search.observe(size, fits=trial.fits, peak_bytes=trial.peak_bytes, turn_bytes=trial.turn_bytes)
+        search.observe(
+            size, fits=trial.fits, peak_bytes=trial.peak_bytes, turn_bytes=trial.turn_bytes, rest_bytes=trial.rest_bytes
+        )
     return search

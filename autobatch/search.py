@@ -57,6 +57,8 @@ class Observation:
     """The peak of the whole step, or None where it is not known or says nothing."""
     turn: float | None
     """Held at the turn from forward to backward, or None likewise."""
+    rest: float | None
+    """Held before the last micro-batch, or None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,14 @@ class Line:
     doubt: float = 0.0
 
     @classmethod
-    def through(cls, points: list[tuple[int, float]]) -> Line:
+    def through(cls, points: list[tuple[int, float]], rest: float = 0.0) -> Line:
         """The line at the largest of these (samples, bytes), drawn from a second point at half its samples or less.
 
-        One point leaves the slope open; but as no fixed cost is negative, it cannot be steeper than from the origin.
+        One point leaves the slope open; but it cannot be steeper than from what is held without any samples.
         """
         *others, (n, size) = sorted(points)
         if not others:
-            return cls(n, size, slope=0.0, doubt=size / n)
+            return cls(n, size, slope=0.0, doubt=(max(size - rest, 0.0) + NOISE * rest) / n)
         m, smaller = max((p for p in others if 2 * p[0] <= n), default=others[0])
         rise, noise = size - smaller, NOISE * (size + smaller)
         return cls(n, size, slope=max(rise, 0.0) / (n - m), doubt=(noise + max(-rise, 0.0)) / (n - m))
@@ -111,6 +113,8 @@ class MicroBatchSearch:
         exact: go on until one sample more was seen not to fit. The default stops within 2 % of what the line or a
             failure leaves possible, and after 12 trials at the latest. An exact search usually takes one or two more;
             on a device that follows no line at all it takes 38 at most for a `cap` of up to a million.
+        noise_bytes: how far two runs of the same step may peak apart. The default search ends within as much of the
+            budget: closer sizes are a matter of luck.
         whole_saving_bytes: what a step needs less at n == cap, because the whole target goes in one pass and no
             gradients are held during the forward pass. So `cap` may fit although `cap - 1` does not. It is tried where
             the line says so; where not even `minimum` could be measured, there is no line.
@@ -126,6 +130,7 @@ class MicroBatchSearch:
         minimum: int = 1,
         prior: Callable[[int], float] | None = None,
         exact: bool = False,
+        noise_bytes: float = 0.0,
         whole_saving_bytes: int = 0,
     ) -> None:
         if minimum < 1:
@@ -139,6 +144,7 @@ class MicroBatchSearch:
         self.cap = cap
         self.minimum = minimum
         self.exact = exact
+        self.noise_bytes = noise_bytes
         self.whole_saving_bytes = whole_saving_bytes
         self.trials = 0
         """Trials observed so far."""
@@ -170,7 +176,15 @@ class MicroBatchSearch:
             self._proposed = self._next()
         return self._proposed
 
-    def observe(self, n: int, *, fits: bool, peak_bytes: int | None = None, turn_bytes: int | None = None) -> None:
+    def observe(
+        self,
+        n: int,
+        *,
+        fits: bool,
+        peak_bytes: int | None = None,
+        turn_bytes: int | None = None,
+        rest_bytes: int | None = None,
+    ) -> None:
         """Tell how a trial of `n` samples went. Of several trials of one size the latest counts.
 
         Args:
@@ -179,6 +193,8 @@ class MicroBatchSearch:
             peak_bytes: the peak of the whole step, None if it is not known (out of memory).
             turn_bytes: bytes held at the turn from forward to backward. Where the optimizer's temporaries hide what a
                 sample costs (the peak is flat at small sizes), these show it.
+            rest_bytes: bytes held before the last micro-batch, gradients included: what no size goes below. Bounds what
+                a sample costs already after the first trial.
 
         Raises:
             InvalidInput: `n` was neither proposed nor tried before.
@@ -186,10 +202,10 @@ class MicroBatchSearch:
         if n != self._proposed and n not in self._seen:
             raise InvalidInput(f"a trial of {n} samples was observed, but the size proposed is {self._proposed}.")
         saving = self.whole_saving_bytes if n == self.cap else 0
-        peak, turn = (None if size is None else size + saving for size in (peak_bytes, turn_bytes))
+        peak, turn, rest = (None if b is None else b + saving for b in (peak_bytes, turn_bytes, rest_bytes))
         if not fits and peak_bytes is not None and peak_bytes <= self.budget_bytes:
-            peak = turn = None  # it failed of something else than its peak (allocator retries): not on the line
-        self._seen[n] = Observation(n, fits, peak, turn)
+            peak = turn = rest = None  # it failed of something else than its peak (allocator retries): not on the line
+        self._seen[n] = Observation(n, fits, peak, turn, rest)
         self._proposed = None
         self.trials += 1
 
@@ -214,9 +230,10 @@ class MicroBatchSearch:
         if self._prior and len(peaks) == 1:
             lines = [self._prior_line(low.n, low.peak)]
         else:
-            lines = [Line.through(peaks)]
+            rest = low.rest or 0.0
+            lines = [Line.through(peaks, rest)]
             if turns:
-                turn = Line.through(turns)
+                turn = Line.through(turns, rest)
                 lines.append(replace(turn, doubt=turn.doubt + TURN_BELOW_PEAK * turn.slope))
         return self._between(low.n, low.peak, high, lines) if high else lines
 
@@ -253,7 +270,9 @@ class MicroBatchSearch:
             for reach in (Line.likely, Line.hopefully)
         )
         enough = low.n * (1 + TOLERANCE)
-        if ceiling - low.n == 1 or (not self.exact and hoped <= enough and likely < self.cap):
+        at_the_edge = hoped <= enough or (low.peak or 0) > self.budget_bytes - self.noise_bytes
+        over = not self.exact and self._foreseen(low)
+        if ceiling - low.n == 1 or over or (not self.exact and at_the_edge and likely < self.cap):
             return self.cap if self._whole_fits(lines, Line.likely) else None
         if self._whole_fits(lines, Line.likely if high else Line.surely):
             return self.cap
@@ -262,6 +281,13 @@ class MicroBatchSearch:
         else:
             guess = self._guess(low.n, hoped if likely <= enough < hoped else likely, lines)
         return max(low.n + 1, min(guess, ceiling - 1))
+
+    def _foreseen(self, low: Observation) -> bool:
+        """Whether a first trial alone shows that one sample more runs out of memory: it takes no more than each so far,
+        and the turn, unlike the peak, shows what those took."""
+        if len(self._seen) > 1 or low.turn is None or low.rest is None:
+            return False
+        return low.turn + max(low.turn - low.rest, 0.0) / low.n > self.budget_bytes * (1 + LEEWAY)
 
     def _guess(self, n: int, aim: int, lines: list[Line]) -> int:
         """`aim`, or a little less to be within the budget; or, if that is not safe, a smaller size to learn from."""

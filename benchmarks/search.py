@@ -31,6 +31,9 @@ class Device:
     cap: int
     turn: Bytes | None = None
     prior: Bytes | None = None
+    rest: float | None = None
+    noise: float = 0.0
+    """How far two runs of one step may peak apart, as a share of the budget, where the device says so."""
     tried: list[int] = field(default_factory=list)
     out_of_memory: list[int] = field(default_factory=list)
     """The sizes that were."""
@@ -62,12 +65,16 @@ Rule = Callable[[Device], int | None]
 
 
 def autobatch_default(device: Device, exact: bool = False) -> int | None:
-    search = MicroBatchSearch(int(device.budget), device.cap, prior=device.prior, exact=exact)
+    rest = None if device.rest is None else int(device.rest)
+    search = MicroBatchSearch(
+        int(device.budget), device.cap, prior=device.prior, exact=exact, noise_bytes=device.noise * device.budget
+    )
     while (n := search.propose()) is not None:
         peak = device.run(n)
         turn = None if peak is None or device.turn is None else int(device.turn(n))
         fits = peak is not None and peak <= device.budget
-        search.observe(n, fits=fits, peak_bytes=None if peak is None else int(peak), turn_bytes=turn)
+        peak_bytes = None if peak is None else int(peak)
+        search.observe(n, fits=fits, peak_bytes=peak_bytes, turn_bytes=turn, rest_bytes=rest)
     return search.best
 
 
@@ -112,7 +119,11 @@ def _affine(draw: random.Random) -> tuple[float, float, float, int]:
 
 def affine(draw: random.Random) -> Device:
     fixed, slope, budget, cap = _affine(draw)
-    return Device(lambda n: fixed + slope * n, budget, cap)
+
+    def peak(n: int) -> float:
+        return fixed + slope * n
+
+    return Device(peak, budget, cap, turn=peak, rest=fixed)
 
 
 def noisy(noise: float) -> Callable[[random.Random], Device]:
@@ -120,6 +131,7 @@ def noisy(noise: float) -> Callable[[random.Random], Device]:
         device, seed = affine(draw), draw.random()
         smooth = device.peak
         device.peak = lambda n: smooth(n) * (1 + random.Random(f"{seed} {n}").uniform(-noise, noise))
+        device.turn = device.peak
         return device
 
     return family
@@ -128,7 +140,7 @@ def noisy(noise: float) -> Callable[[random.Random], Device]:
 def stepped(draw: random.Random) -> Device:
     device, step = affine(draw), draw.choice([2, 20, 200]) * MIB
     smooth = device.peak
-    device.peak = lambda n: math.ceil(smooth(n) / step) * step
+    device.peak = device.turn = lambda n: math.ceil(smooth(n) / step) * step
     return device
 
 
@@ -162,7 +174,7 @@ def like_a_cpu(draw: random.Random) -> Device:
         noise = random.Random(f"{seed} {n}").uniform(0, 0.02)
         return max(flat, 1.1 * turn(n) - 0.1 * turn(0)) * (1 + noise)
 
-    device.peak = peak
+    device.peak, device.noise, device.rest = peak, 0.02, turn(0)
     return device
 
 

@@ -23,14 +23,14 @@ class Residual(nn.Module):
 
 
 class Transformer(nn.Module):
-    """An encoder of one layer over 32 tokens, and a classifier of their mean."""
+    """An encoder of one layer, as many wide as its 64 tokens, and a classifier of their mean."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(100, 32)
-        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+        self.embedding = nn.Embedding(100, 64)
+        layer = nn.TransformerEncoderLayer(64, 1, 64, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-        self.head = nn.Linear(32, 10)
+        self.head = nn.Linear(64, 10)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.encoder(self.embedding(tokens)).mean(1))
@@ -53,7 +53,7 @@ def batch(kind: str, n: int) -> tuple[Tensor, Tensor]:
     inputs = {
         "mlp": lambda: torch.randn(n, 64),
         "cnn": lambda: torch.randn(n, 3, 16, 16),
-        "transformer": lambda: torch.randint(0, 100, (n, 32)),
+        "transformer": lambda: torch.randint(0, 100, (n, 64)),
     }
     return inputs[kind](), torch.randint(0, 10, (n,))
 

@@ -38,6 +38,7 @@ def run(
     *,
     budget: float = BUDGET,
     turn: Bytes | None = None,
+    rest: float | None = None,
     measured: bool = True,
     **options: Any,
 ) -> Run:
@@ -54,8 +55,12 @@ def run(
             result.out_of_memory += 1
             search.observe(n, fits=False)
         else:
-            known = {"peak_bytes": int(size), "turn_bytes": int(turn(n) - saving) if turn else None} if measured else {}
-            search.observe(n, fits=int(size) <= budget, **known)
+            known = {
+                "peak_bytes": int(size),
+                "turn_bytes": int(turn(n) - saving) if turn else None,
+                "rest_bytes": None if rest is None else int(rest - saving),
+            }
+            search.observe(n, fits=int(size) <= budget, **(known if measured else {}))
     return result
 
 
@@ -179,6 +184,33 @@ def test_with_head_room_no_trial_on_an_affine_device_runs_out_of_memory(noise: f
         peak = noisy(affine(fixed, slope), noise, seed)
         if answer >= 1 and peak(2) <= LIMIT:
             assert run(peak, cap).out_of_memory == 0, (fixed, slope, cap)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.005])
+def test_where_what_is_held_is_known_not_even_the_second_sample_runs_out_of_memory(noise: float) -> None:
+    trials, ratios = [], []
+    for seed, (fixed, slope, cap, answer) in enumerate(devices(1500)):
+        peak = noisy(affine(fixed, slope), noise, seed)
+        result = run(peak, cap, turn=peak, rest=fixed)
+        if answer:
+            assert result.out_of_memory == 0, (fixed, slope, cap)
+            ratios.append((result.search.best or 0) / answer)
+        trials.append(len(result.tried))
+    assert mean(trials) <= 3
+    assert mean(ratios) >= 0.98
+
+
+def test_what_is_held_without_samples_makes_the_second_trial_a_large_one() -> None:
+    peak = affine(800_000, 100)
+    assert run(peak, 10_000).tried[1] == 2
+    assert 16 < run(peak, 10_000, turn=peak, rest=800_000).tried[1] <= 32
+
+
+def test_where_runs_peak_apart_by_chance_the_last_bytes_are_not_searched_for() -> None:
+    jumpy = noisy(affine(100_000, 1_000), 0.04, 7)
+    tried = [run(jumpy, 10_000, noise_bytes=noise).tried for noise in (0, 80_000)]
+    assert len(tried[1]) < len(tried[0])
+    assert BUDGET - 80_000 <= jumpy(run(jumpy, 10_000, noise_bytes=80_000).search.best or 0) <= BUDGET
 
 
 def test_where_the_whole_target_fits_the_small_trials_are_a_fraction_of_it() -> None:

@@ -20,8 +20,7 @@ class RunTrial(Protocol):
 
         Args:
             sizes: `(n, n)`, so that the second forward pass happens with gradients held, or `(n,)` where the whole
-            target
-                is one micro-batch.
+                target is one micro-batch.
             thorough: near the budget, go on until the peak no longer grows, where the device's peaks do that.
 
         Raises:
@@ -44,6 +43,11 @@ class Device(Protocol):
     @property
     def least_headroom(self) -> float:
         """The share of the limit that has to stay free for a result to hold in another process."""
+        ...
+
+    @property
+    def noise_bytes(self) -> int:
+        """How far two runs of the same step may peak apart: a search need not come closer to the budget."""
         ...
 
     @property

@@ -8,13 +8,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from autobatch.devices import system_memory
 from autobatch.devices.base import RunTrial
 from autobatch.devices.judging import judge, worse
 from autobatch.devices.trial_process import TrialProcess
-from autobatch.devices.trial_server import Outcome, Request
+from autobatch.devices.trial_server import Outcome, Request, Settling
 from autobatch.errors import DeviceUnavailable
 from autobatch.plan import DeviceInfo, Trial
 from autobatch.units import format_bytes
@@ -23,11 +24,19 @@ from autobatch.workload.step import TrainingStep
 HEAP_NOISE = 0.03
 """Two fresh processes that run the same steps peak some per cent apart: how glibc's heap fragments depends on addresses
 and on the timing of threads. This share of the limit always stays free."""
-NEAR = 0.75
+NOISE = 0.08
+MOST_NOISE_BYTES = 8 * (32 << 20)
+"""Sizes next to each other peak up to this share of the limit apart, on one heap too; but only blocks of up to 32 MiB
+come from it (glibc's `DEFAULT_MMAP_THRESHOLD_MAX`), so that it is no more than some of them."""
+NEAR = 0.85
 """A thorough trial whose peak is above this share of the budget is run until it no longer grows: over the first steps a
 heap of large blocks has been seen to grow by a sixth."""
+CAREFUL = Settling(steps=3, quiet=1)
+"""How long a thorough trial goes on."""
+AT_THE_EDGE = Settling(steps=5, quiet=2)
+"""The same where no more than `HEAP_NOISE` is left free, so that nothing makes up for what comes later."""
 HEAPS = 2
-"""How many differently disturbed heaps a size has to survive where no more than `HEAP_NOISE` is left free."""
+"""How many differently disturbed heaps a size has to survive there."""
 
 
 class CpuDevice:
@@ -35,8 +44,7 @@ class CpuDevice:
 
     Args:
         memory_limit: bytes that the training process may hold in all, interpreter and libraries included, as a
-        container
-            would limit it; None for what is really there now.
+            container would limit it; None for what is really there now.
 
     Raises:
         DeviceUnavailable: this is not Linux, whose RLIMIT_DATA the trials run under.
@@ -53,6 +61,7 @@ class CpuDevice:
             )
         available = system_memory.available_bytes()
         self.limit_bytes = available if memory_limit is None else memory_limit
+        self.noise_bytes = min(int(self.limit_bytes * NOISE), MOST_NOISE_BYTES)
         self.warnings: list[str] = []
         if self.limit_bytes > available:
             self.warnings.append(
@@ -87,13 +96,14 @@ class CpuDevice:
             self.close()
 
     def _run(self, step: TrainingStep, sizes: tuple[int, ...], budget_bytes: int, thorough: bool) -> Trial:
-        near = int(budget_bytes * NEAR) if thorough else self.limit_bytes
         at_the_edge = budget_bytes >= int(self.limit_bytes * (1 - self.least_headroom)) - step.reserve_bytes
-        worst = self._try(step, Request(sizes, self.limit_bytes, near), budget_bytes)
-        for heap in range(1, HEAPS if at_the_edge else 1):
-            if not worst.fits or (worst.peak_bytes or 0) <= near:
+        settling = (AT_THE_EDGE if at_the_edge else CAREFUL) if thorough else None
+        request = Request(sizes, self.limit_bytes, int(budget_bytes * NEAR), budget_bytes, settling)
+        worst = self._try(step, request, budget_bytes)
+        for heap in range(1, HEAPS if thorough and at_the_edge else 1):
+            if not worst.fits or (worst.peak_bytes or 0) <= request.settle_above_bytes:
                 break
-            worst = worse(worst, self._try(step, Request(sizes, self.limit_bytes, near, heap), budget_bytes))
+            worst = worse(worst, self._try(step, replace(request, heap=heap), budget_bytes))
         return worst
 
     def _try(self, step: TrainingStep, request: Request, budget_bytes: int) -> Trial:

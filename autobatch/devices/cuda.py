@@ -33,6 +33,7 @@ class CudaDevice:
     """One GPU. This process' bytes on it: what torch's allocator reserves, and context and libraries outside that."""
 
     least_headroom = 0.0
+    noise_bytes = 0
     settled_below = 1.0
 
     def __init__(
@@ -165,6 +166,7 @@ class CudaDevice:
             micro_batch_sizes=sizes,
             verdict=Verdict.OVER_BUDGET if retries or peak > budget_bytes else Verdict.FITS,
             peak_bytes=peak,
+            rest_bytes=outside + progress.rest_allocated,
             turn_bytes=outside + progress.turn_allocated,
             peak_allocated_bytes=self._memory.peak_allocated(),
             peak_reserved_bytes=self._memory.peak_reserved(),
@@ -246,6 +248,8 @@ class _Progress:
     step: str = "the start"
     phase: str = ""
     samples: int = 0
+    rest_allocated: int = 0
+    """Bytes in live tensors before the latest micro-batch."""
     turn_allocated: int = 0
     """Bytes in live tensors at the latest turn from forward to backward."""
     step_seconds: float | None = None
@@ -254,7 +258,9 @@ class _Progress:
 
     def __call__(self, phase: str) -> None:
         self.phase = phase
-        if phase == "forward":
+        if phase == "batch":
+            self.rest_allocated = self.memory.allocated()
+        elif phase == "forward":
             warming = self.step == "the warm-up step"
             self.samples += max(self.sizes) if warming else self.sizes[self._micro_batch]
             self._micro_batch += not warming

@@ -40,6 +40,7 @@ def judge(outcome: Outcome, sizes: tuple[int, ...], budget_bytes: int, limit_byt
         micro_batch_sizes=sizes,
         verdict=verdict,
         peak_bytes=outcome.peak_bytes,
+        rest_bytes=outcome.rest_bytes,
         turn_bytes=outcome.turn_bytes,
         requested_bytes=requested,
         samples=outcome.samples,

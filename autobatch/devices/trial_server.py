@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from autobatch.devices.oom import Diagnosis
     from autobatch.workload.step import TrainingStep
 
-SETTLING_STEPS = 5
-"""Steps at most that a trial at the very edge of the limit runs until its peak no longer grows."""
-QUIET_STEPS = 2
-"""Steps without growth after which a peak counts as settled: a heap's peak stands still for a step or two on its way
-up."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -54,6 +48,17 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Settling:
+    """How long steps are repeated while a trial's peak grows."""
+
+    steps: int
+    """Steps at most."""
+    quiet: int
+    """Steps without growth after which the peak counts as settled: it may stand still for a step or two on its way
+    up."""
+
+
+@dataclass(frozen=True)
 class Request:
     """One trial to run."""
 
@@ -61,6 +66,10 @@ class Request:
     limit_bytes: int
     settle_above_bytes: int
     """A peak above this has to be settled: steps are repeated until it no longer grows."""
+    budget_bytes: int
+    """A peak above this has failed, and need not settle."""
+    settling: Settling | None = None
+    """None: one step tells enough."""
     heap: int = 0
     """Which heap to start from: 0 as it is after loading, others disturbed, each in its own way."""
 
@@ -73,6 +82,7 @@ class Outcome:
     seconds: float = 0.0
     step_seconds: float | None = None
     peak_bytes: int | None = None
+    rest_bytes: int | None = None
     turn_bytes: int | None = None
     loss: float | None = None
     phase: str = ""
@@ -100,6 +110,7 @@ class _Progress:
     """What disturbs the heap, held for as long as the trial runs."""
     phase: str = "start"
     samples: int = 0
+    rest_bytes: int | None = None
     turn_bytes: int | None = None
     most_seen: int = 0
     """The most bytes held as a phase began."""
@@ -107,10 +118,11 @@ class _Progress:
 
     def enter(self, phase: str) -> None:
         self.phase = phase
-        held = process_memory.data_bytes()
-        self.most_seen = max(self.most_seen, held)
-        if phase == "backward":
-            self.turn_bytes = held
+        self.most_seen = max(self.most_seen, process_memory.data_bytes())
+        if phase == "batch":
+            self.rest_bytes = process_memory.in_use_bytes()
+        elif phase == "backward":
+            self.turn_bytes = process_memory.in_use_bytes()
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -246,6 +258,7 @@ def _steps(step: TrainingStep, request: Request, progress: _Progress) -> Outcome
         seconds=time.perf_counter() - progress.started,
         step_seconds=step_seconds,
         peak_bytes=process_memory.peak_data_bytes(progress.most_seen),
+        rest_bytes=progress.rest_bytes,
         turn_bytes=progress.turn_bytes,
         loss=loss,
     )
@@ -253,9 +266,12 @@ def _steps(step: TrainingStep, request: Request, progress: _Progress) -> Outcome
 
 def _until_settled(request: Request, progress: _Progress) -> Iterator[None]:
     """One more step while the peak is at the edge and still growing: a heap fragments over the first steps."""
+    if request.settling is None:
+        return
     peak, quiet = process_memory.peak_data_bytes(progress.most_seen), 0
-    for _ in range(SETTLING_STEPS):
-        if peak <= request.settle_above_bytes or quiet == QUIET_STEPS:
+    for _ in range(request.settling.steps):
+        tight = request.settle_above_bytes < peak <= request.budget_bytes
+        if not tight or quiet == request.settling.quiet:
             return
         yield
         peak, before = process_memory.peak_data_bytes(progress.most_seen), peak
