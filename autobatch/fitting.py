@@ -92,7 +92,8 @@ def fit(
             step = resolve(workload)
             budget = int(spot.limit_bytes * (1 - max(headroom, spot.least_headroom))) - step.reserve_bytes
             with spot.trials(step, budget) as run:
-                attempt = Attempts(run, budget, progress or (lambda event: None), spot.settled_below, spot.noise_bytes)
+                settled = spot.settled_bytes - step.reserve_bytes
+                attempt = Attempts(run, budget, progress or (lambda event: None), settled, spot.noise_bytes)
                 attempt.progress(SearchStarted(spot.info, budget, spot.limit_bytes, question.cap))
                 answer = probe(attempt, step, question)
         if answer is None:

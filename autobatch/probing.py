@@ -75,8 +75,8 @@ class Attempts:
     run: RunTrial
     budget_bytes: int
     progress: OnProgress
-    settled_below: float
-    """The share of the budget above which only a thorough trial confirms a size."""
+    settled_bytes: int
+    """The peak above which only a thorough trial confirms a size."""
     noise_bytes: float
     """How far two runs of the same step may peak apart."""
     trials: list[Trial] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Attempts:
                 Trial(micro_batch_sizes=sizes, verdict=Verdict.FAILED, detail=f"{type(error).__name__}: {error}")
             )
             raise
-        settled = (trial.peak_bytes or 0) <= self.budget_bytes * self.settled_below
+        settled = (trial.peak_bytes or 0) <= self.settled_bytes
         if trial.fits and (thorough or settled):
             self.sizes_confirmed.update(sizes)
         self._note(trial)

@@ -51,8 +51,8 @@ class Device(Protocol):
         ...
 
     @property
-    def settled_below(self) -> float:
-        """The share of the budget up to which a trial's peak needs no thorough look: it may grow over later steps."""
+    def settled_bytes(self) -> int:
+        """Up to this peak a trial needs no thorough look: as far as it may grow later, it stays within the limit."""
         ...
 
     @property

@@ -27,11 +27,11 @@ and on the timing of threads. This share of the limit always stays free."""
 NOISE = 0.08
 MOST_NOISE_BYTES = 8 * (32 << 20)
 """Sizes next to each other peak up to this share of the limit apart, on one heap too; but only blocks of up to 32 MiB
-come from it (glibc's `DEFAULT_MMAP_THRESHOLD_MAX`), so that it is no more than some of them."""
-NEAR = 0.85
-"""A thorough trial whose peak is above this share of the budget is run until it no longer grows: over the first steps a
-heap of large blocks has been seen to grow by a sixth."""
-CAREFUL = Settling(steps=3, quiet=1)
+are there (glibc's `DEFAULT_MMAP_THRESHOLD_MAX`), so that it is no more than some of them."""
+GROWTH = 1 / 6
+"""How much a peak has been seen to grow over the first steps, as a heap of large blocks fragments. A thorough trial that
+could so grow beyond the limit is run until it stands still."""
+CAREFUL = Settling(steps=2, quiet=1)
 """How long a thorough trial goes on."""
 AT_THE_EDGE = Settling(steps=5, quiet=2)
 """The same where no more than `HEAP_NOISE` is left free, so that nothing makes up for what comes later."""
@@ -51,7 +51,6 @@ class CpuDevice:
     """
 
     least_headroom = HEAP_NOISE
-    settled_below = NEAR
 
     def __init__(self, memory_limit: int | None = None) -> None:
         if not sys.platform.startswith("linux"):
@@ -61,6 +60,7 @@ class CpuDevice:
             )
         available = system_memory.available_bytes()
         self.limit_bytes = available if memory_limit is None else memory_limit
+        self.settled_bytes = int(self.limit_bytes / (1 + GROWTH))
         self.noise_bytes = min(int(self.limit_bytes * NOISE), MOST_NOISE_BYTES)
         self.warnings: list[str] = []
         if self.limit_bytes > available:
@@ -98,7 +98,7 @@ class CpuDevice:
     def _run(self, step: TrainingStep, sizes: tuple[int, ...], budget_bytes: int, thorough: bool) -> Trial:
         at_the_edge = budget_bytes >= int(self.limit_bytes * (1 - self.least_headroom)) - step.reserve_bytes
         settling = (AT_THE_EDGE if at_the_edge else CAREFUL) if thorough else None
-        request = Request(sizes, self.limit_bytes, int(budget_bytes * NEAR), budget_bytes, settling)
+        request = Request(sizes, self.limit_bytes, self.settled_bytes - step.reserve_bytes, budget_bytes, settling)
         worst = self._try(step, request, budget_bytes)
         for heap in range(1, HEAPS if thorough and at_the_edge else 1):
             if not worst.fits or (worst.peak_bytes or 0) <= request.settle_above_bytes:

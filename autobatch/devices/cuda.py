@@ -34,7 +34,6 @@ class CudaDevice:
 
     least_headroom = 0.0
     noise_bytes = 0
-    settled_below = 1.0
 
     def __init__(
         self,
@@ -79,6 +78,7 @@ class CudaDevice:
         if self._memory.fraction() < 1:  # the caller's own limit
             limit = min(limit, int(self._memory.fraction() * total) + self._outside_bytes())
         self.limit_bytes = min(limit, memory_limit) if memory_limit is not None else limit
+        self.settled_bytes = self.limit_bytes
         self.info = DeviceInfo(
             type="cuda",
             name=properties.name,

@@ -85,6 +85,18 @@ def trim() -> None:
         trim_heap(0)
 
 
+def age_heap() -> None:
+    """Have the C library treat large blocks as it does after some steps of training.
+
+    glibc maps blocks from 128 KiB on one by one, until one is freed: from then on, blocks up to that size come from the
+    heap, where they fragment, so that the first step of training peaks lower than all others. 32 MiB is where that ends
+    (mallopt(3), `M_MMAP_THRESHOLD`).
+    """
+    _LIBC.malloc.restype, _LIBC.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    _LIBC.free.restype, _LIBC.free.argtypes = None, [ctypes.c_void_p]
+    _LIBC.free(_LIBC.malloc((32 << 20) - (64 << 10)))
+
+
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, however it ends."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -163,6 +163,7 @@ def _load(settings: Settings, reader: BinaryIO, writer: BinaryIO) -> TrainingSte
         writer.flush()
         return None
     process_memory.trim()
+    process_memory.age_heap()
     pickle.dump(Loaded(None), writer)
     writer.flush()
     return step
