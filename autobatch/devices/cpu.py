@@ -29,8 +29,8 @@ MOST_NOISE_BYTES = 8 * (32 << 20)
 """Sizes next to each other peak up to this share of the limit apart, on one heap too; but only blocks of up to 32 MiB
 are there (glibc's `DEFAULT_MMAP_THRESHOLD_MAX`), so that it is no more than some of them."""
 GROWTH = 1 / 6
-"""How much a peak has been seen to grow over the first steps, as a heap of large blocks fragments. A thorough trial that
-could so grow beyond the limit is run until it stands still."""
+"""How much a peak has been seen to grow over the first steps, as a heap of large blocks fragments. A thorough trial
+that could so grow beyond the limit is run until it stands still."""
 CAREFUL = Settling(steps=2, quiet=1)
 """How long a thorough trial goes on."""
 AT_THE_EDGE = Settling(steps=5, quiet=2)
