@@ -10,7 +10,7 @@ import torch
 
 import autobatch
 
-LIMITS = {"mlp": 1 << 30, "cnn": 1 << 30, "transformer": 5 << 29}
+LIMITS = {"mlp": 1 << 30, "cnn": 1 << 30, "transformer": 3 << 29}
 """Bytes; so that the activations are large blocks (see proof_models.py)."""
 STEPS = 10
 

@@ -33,7 +33,7 @@ GROWTH = 1 / 6
 that could so grow beyond the limit is run until it stands still."""
 CAREFUL = Settling(steps=2, quiet=1)
 """How long a thorough trial goes on."""
-AT_THE_EDGE = Settling(steps=5, quiet=2)
+AT_THE_EDGE = Settling(steps=3, quiet=2)
 """The same where no more than `HEAP_NOISE` is left free, so that nothing makes up for what comes later."""
 HEAPS = 2
 """How many differently disturbed heaps a size has to survive there."""
