@@ -53,7 +53,7 @@ class Trial(_Data):
     peak_bytes: int | None = None
     """The most bytes that the process held on the device, to compare with the budget; None if it ran out first."""
     rest_bytes: int | None = None
-    """Bytes held before the last micro-batch: what is there whatever its size."""
+    """Bytes held without a batch: weights, optimizer state and, with two micro-batches, gradients. None: not known."""
     turn_bytes: int | None = None
     """Bytes held at the turn from forward to backward of the last micro-batch."""
     peak_allocated_bytes: int | None = None
@@ -171,8 +171,8 @@ class TrainingPlan(_Data):
     min_micro_batch_size: Samples = 1
     """The fewest samples that the model runs on."""
     max_is_exact: bool = False
-    """Whether one sample more was tried and did not fit, or was not needed; otherwise the maximum may be up to 2 %
-    more."""
+    """Whether one sample more was tried and did not fit, or was not needed; otherwise the maximum may be up to 2 % more
+    (on the CPU, an eighth)."""
     peak_bytes: Bytes
     """The most that a training step with these micro-batches held on the device."""
     limit_bytes: Bytes

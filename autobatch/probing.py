@@ -77,8 +77,8 @@ class Attempts:
     progress: OnProgress
     settled_bytes: int
     """The peak above which only a thorough trial confirms a size."""
-    noise_bytes: float
-    """How far two runs of the same step may peak apart."""
+    jump_bytes: float
+    """How far the peaks of neighbouring sizes may jump."""
     trials: list[Trial] = field(default_factory=list)
     sizes_confirmed: set[int] = field(default_factory=set)
     """Every size that ran within the budget, as thoroughly as the device asks for."""
@@ -100,8 +100,8 @@ class Attempts:
 
     @property
     def smallest(self) -> Trial:
-        """The trial of the smallest size."""
-        return min(self.trials, key=lambda trial: trial.micro_batch_size)
+        """The trial of the smallest size; of several, one that failed."""
+        return min(self.trials, key=lambda trial: (trial.micro_batch_size, trial.fits))
 
     def _note(self, trial: Trial) -> None:
         self.trials.append(trial)
@@ -177,7 +177,7 @@ def _search(attempt: Attempts, step: TrainingStep, question: Question) -> MicroB
         question.cap,
         minimum=step.min_micro_batch,
         exact=question.exact,
-        noise_bytes=attempt.noise_bytes,
+        jump_bytes=attempt.jump_bytes,
         # The whole target in one pass holds no gradients of an earlier micro-batch.
         whole_saving_bytes=gradients if whole else 0,
     )

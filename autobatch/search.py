@@ -37,6 +37,8 @@ LEEWAY = 0.03
 """How far a guess may turn out over the budget, as a fraction of it: still inside the usual head-room of 5 %."""
 JUMP = 32
 """How many times the largest size that fitted a guess may be, however sure the line."""
+JUMPY = 8
+"""Jumps are at most one part in so many of what the samples take."""
 PATIENCE = 4
 """Trials, from the first that failed, after which guessing gives way to bisection."""
 LEARN = 4
@@ -58,7 +60,7 @@ class Observation:
     turn: float | None
     """Held at the turn from forward to backward, or None likewise."""
     rest: float | None
-    """Held before the last micro-batch, or None where it is not known."""
+    """Held without any samples, or None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ class MicroBatchSearch:
         exact: go on until one sample more was seen not to fit. The default stops within 2 % of what the line or a
             failure leaves possible, and after 12 trials at the latest. An exact search usually takes one or two more;
             on a device that follows no line at all it takes 38 at most for a `cap` of up to a million.
-        noise_bytes: how far two runs of the same step may peak apart. The default search ends within as much of the
-            budget: closer sizes are a matter of luck.
+        jump_bytes: how far the peaks of neighbouring sizes may jump, 0 where they do not. The default search ends
+            within as much of the budget, or an eighth of what its samples take if that is less: closer sizes are a
+            matter of luck.
         whole_saving_bytes: what a step needs less at n == cap, because the whole target goes in one pass and no
             gradients are held during the forward pass. So `cap` may fit although `cap - 1` does not. It is tried where
             the line says so; where not even `minimum` could be measured, there is no line.
@@ -130,7 +133,7 @@ class MicroBatchSearch:
         minimum: int = 1,
         prior: Callable[[int], float] | None = None,
         exact: bool = False,
-        noise_bytes: float = 0.0,
+        jump_bytes: float = 0.0,
         whole_saving_bytes: int = 0,
     ) -> None:
         if minimum < 1:
@@ -144,7 +147,7 @@ class MicroBatchSearch:
         self.cap = cap
         self.minimum = minimum
         self.exact = exact
-        self.noise_bytes = noise_bytes
+        self.jump_bytes = jump_bytes
         self.whole_saving_bytes = whole_saving_bytes
         self.trials = 0
         """Trials observed so far."""
@@ -193,8 +196,8 @@ class MicroBatchSearch:
             peak_bytes: the peak of the whole step, None if it is not known (out of memory).
             turn_bytes: bytes held at the turn from forward to backward. Where the optimizer's temporaries hide what a
                 sample costs (the peak is flat at small sizes), these show it.
-            rest_bytes: bytes held before the last micro-batch, gradients included: what no size goes below. Bounds what
-                a sample costs already after the first trial.
+            rest_bytes: bytes held without any samples, gradients included: what no size goes below. Bounds what a
+                sample costs already after the first trial.
 
         Raises:
             InvalidInput: `n` was neither proposed nor tried before.
@@ -270,9 +273,8 @@ class MicroBatchSearch:
             for reach in (Line.likely, Line.hopefully)
         )
         enough = low.n * (1 + TOLERANCE)
-        at_the_edge = hoped <= enough or (low.peak or 0) > self.budget_bytes - self.noise_bytes
-        over = not self.exact and self._foreseen(low)
-        if ceiling - low.n == 1 or over or (not self.exact and at_the_edge and likely < self.cap):
+        at_the_edge = hoped <= enough or self._within_a_jump(low)
+        if ceiling - low.n == 1 or (not self.exact and at_the_edge and likely < self.cap):
             return self.cap if self._whole_fits(lines, Line.likely) else None
         if self._whole_fits(lines, Line.likely if high else Line.surely):
             return self.cap
@@ -282,12 +284,10 @@ class MicroBatchSearch:
             guess = self._guess(low.n, hoped if likely <= enough < hoped else likely, lines)
         return max(low.n + 1, min(guess, ceiling - 1))
 
-    def _foreseen(self, low: Observation) -> bool:
-        """Whether a first trial alone shows that one sample more runs out of memory: it takes no more than each so far,
-        and the turn, unlike the peak, shows what those took."""
-        if len(self._seen) > 1 or low.turn is None or low.rest is None:
+    def _within_a_jump(self, low: Observation) -> bool:
+        if low.peak is None or low.rest is None:
             return False
-        return low.turn + max(low.turn - low.rest, 0.0) / low.n > self.budget_bytes * (1 + LEEWAY)
+        return self.budget_bytes - low.peak < min(self.jump_bytes, (low.peak - low.rest) / JUMPY)
 
     def _guess(self, n: int, aim: int, lines: list[Line]) -> int:
         """`aim`, or a little less to be within the budget; or, if that is not safe, a smaller size to learn from."""

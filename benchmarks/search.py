@@ -32,8 +32,8 @@ class Device:
     turn: Bytes | None = None
     prior: Bytes | None = None
     rest: float | None = None
-    noise: float = 0.0
-    """How far two runs of one step may peak apart, as a share of the budget, where the device says so."""
+    jumps: float = 0.0
+    """How far the peaks of neighbouring sizes jump, as a share of the budget, where the device says so."""
     tried: list[int] = field(default_factory=list)
     out_of_memory: list[int] = field(default_factory=list)
     """The sizes that were."""
@@ -67,7 +67,7 @@ Rule = Callable[[Device], int | None]
 def autobatch_default(device: Device, exact: bool = False) -> int | None:
     rest = None if device.rest is None else int(device.rest)
     search = MicroBatchSearch(
-        int(device.budget), device.cap, prior=device.prior, exact=exact, noise_bytes=device.noise * device.budget
+        int(device.budget), device.cap, prior=device.prior, exact=exact, jump_bytes=device.jumps * device.budget
     )
     while (n := search.propose()) is not None:
         peak = device.run(n)
@@ -174,7 +174,15 @@ def like_a_cpu(draw: random.Random) -> Device:
         noise = random.Random(f"{seed} {n}").uniform(0, 0.02)
         return max(flat, 1.1 * turn(n) - 0.1 * turn(0)) * (1 + noise)
 
-    device.peak, device.noise, device.rest = peak, 0.02, turn(0)
+    device.peak, device.jumps, device.rest = peak, 0.08, turn(0)
+    return device
+
+
+def forward_bound(draw: random.Random) -> Device:
+    """The forward pass makes something of a fixed size, such as copies of weights in another precision."""
+    device = affine(draw)
+    assert device.rest is not None
+    device.rest *= draw.random()
     return device
 
 
@@ -195,6 +203,7 @@ FAMILIES: dict[str, Callable[[random.Random], Device]] = {
     "noise of 3 %": noisy(0.03),
     "stepped": stepped,
     "nothing fits": too_small,
+    "forward-bound": forward_bound,
     "optimizer-bound": optimizer_bound(turn_known=True),
     "  turn not known": optimizer_bound(turn_known=False),
     "like a CPU": like_a_cpu,

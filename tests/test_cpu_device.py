@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from autobatch.devices import process_memory
 from autobatch.devices.cpu import CpuDevice
 from autobatch.errors import TrialCrashed, WorkloadNotPortable
 from autobatch.plan import Verdict
@@ -79,6 +80,58 @@ def test_two_micro_batches_hold_the_gradients_of_the_first():
     step = TrainingStep(model, lambda n: torch.zeros(n, 4), compute_loss, lambda p: torch.optim.SGD(p, 0.1))
     two, one = run(step, (1, 1), (1,), limit=1500 * MIB)
     assert two.turn_bytes - one.turn_bytes > 100 * MIB
+
+
+def test_what_is_held_at_rest_does_not_grow_with_the_batch():
+    """Nor with the inputs of the earlier micro-batch, which are still held; but its gradients are part of it."""
+    model = nn.Linear(4, 8 * MIB, bias=False)  # 128 MiB of weights
+
+    def compute_loss(model, batch):
+        return (model.weight[:1] * batch.mean()).sum()
+
+    step = TrainingStep(model, lambda n: torch.zeros(n, 2 * MIB), compute_loss, lambda p: torch.optim.SGD(p, 0.1))
+    small, large, whole = run(step, (1, 1), (30, 30), (30,), limit=2000 * MIB)
+    assert abs(small.rest_bytes - large.rest_bytes) < 8 * MIB
+    assert abs(large.rest_bytes - whole.rest_bytes - 128 * MIB) < 8 * MIB
+    assert large.turn_bytes - large.rest_bytes > 30 * 8 * MIB
+    assert large.rest_bytes < large.turn_bytes <= large.peak_bytes
+
+
+def test_large_blocks_come_from_the_heap_as_they_do_after_some_steps():
+    code = """
+import ctypes
+from autobatch.devices import process_memory
+process_memory.age_heap()
+block = process_memory._LIBC.malloc(16 << 20)
+(heap,) = (line.split()[0] for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]"))
+start, end = (int(address, 16) for address in heap.split("-"))
+assert start < block < end
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bytes_in_use_leave_out_what_is_free_in_the_heap(monkeypatch):
+    code = """
+from autobatch.devices import process_memory as memory
+blocks = [bytearray(100_000) for _ in range(1000)]
+full = memory.in_use_bytes()
+del blocks[::2]
+assert 40e6 < full - memory.in_use_bytes() < 60e6
+assert memory.data_bytes() >= full
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setattr(process_memory, "_LIBC", object())  # an older glibc, or musl
+    assert process_memory.in_use_bytes() is None
+
+
+def test_only_thorough_trials_near_the_limit_go_on():
+    with CpuDevice(LIMIT).trials(step_of(), int(LIMIT * 0.95)) as run_trial:
+        low, near = (run_trial((n, n), thorough=True) for n in (50, 430))
+        quick = run_trial((430, 430))
+    assert near.peak_bytes > LIMIT * 6 / 7  # else this tells nothing
+    assert low.samples == 1 + 2 * 50
+    assert near.samples in (1 + 2 * 430 * 2, 1 + 2 * 430 * 3)
+    assert quick.samples == 1 + 2 * 430
 
 
 def test_a_limit_below_the_interpreter_itself_is_out_of_memory():

@@ -408,12 +408,15 @@ def test_each_trial_meets_the_same_random_numbers(memory):
 def test_reserved_and_allocated_bytes_are_told_apart():
     memory = FakeMemory()
     device = a_device(memory)
-    with device.trials(a_step(memory), device.limit_bytes) as run:
+    step = a_step(memory)
+    with device.trials(step, device.limit_bytes) as run:
         trial = run((2, 5))
     assert trial.peak_allocated_bytes == 5 * PER_SAMPLE
     assert trial.peak_reserved_bytes == (2 + 5) * 64 * MIB  # the smaller one's segment stays
     assert trial.peak_bytes == CONTEXT + trial.peak_reserved_bytes
     assert trial.turn_bytes == CONTEXT + 5 * PER_SAMPLE
+    gradients = sum(p.numel() * p.element_size() for p in step.model.parameters())
+    assert trial.rest_bytes == CONTEXT + gradients
 
 
 def test_an_allocator_that_had_to_retry_does_not_fit():

@@ -187,13 +187,13 @@ def test_with_head_room_no_trial_on_an_affine_device_runs_out_of_memory(noise: f
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.005])
-def test_where_what_is_held_is_known_not_even_the_second_sample_runs_out_of_memory(noise: float) -> None:
+def test_where_what_is_held_is_known_there_are_fewer_trials_and_no_more_failures(noise: float) -> None:
     trials, ratios = [], []
     for seed, (fixed, slope, cap, answer) in enumerate(devices(1500)):
         peak = noisy(affine(fixed, slope), noise, seed)
         result = run(peak, cap, turn=peak, rest=fixed)
         if answer:
-            assert result.out_of_memory == 0, (fixed, slope, cap)
+            assert result.out_of_memory == (peak(2) > LIMIT and cap > 1), (fixed, slope, cap)
             ratios.append((result.search.best or 0) / answer)
         trials.append(len(result.tried))
     assert mean(trials) <= 3
@@ -207,10 +207,33 @@ def test_what_is_held_without_samples_makes_the_second_trial_a_large_one() -> No
 
 
 def test_where_runs_peak_apart_by_chance_the_last_bytes_are_not_searched_for() -> None:
-    jumpy = noisy(affine(100_000, 1_000), 0.04, 7)
-    tried = [run(jumpy, 10_000, noise_bytes=noise).tried for noise in (0, 80_000)]
-    assert len(tried[1]) < len(tried[0])
-    assert BUDGET - 80_000 <= jumpy(run(jumpy, 10_000, noise_bytes=80_000).search.best or 0) <= BUDGET
+    trials = {0: 0, 80_000: 0}
+    for seed in range(50):
+        jumpy = noisy(affine(100_000, 1_000), 0.04, seed)
+        for jump in trials:
+            result = run(jumpy, 10_000, turn=jumpy, rest=100_000, jump_bytes=jump)
+            trials[jump] += len(result.tried)
+            assert (result.search.best or 0) > 780
+    assert trials[80_000] < 0.8 * trials[0]
+
+
+def test_jumps_are_no_reason_to_stop_where_samples_take_little_of_the_budget() -> None:
+    peak = affine(915_000, 200)
+    result = run(peak, 10_000, turn=peak, rest=915_000, jump_bytes=80_000)
+    assert 375 <= (result.search.best or 0) <= 425
+
+
+def test_what_the_first_sample_costs_once_is_not_taken_for_what_each_costs() -> None:
+    """Copies made in the forward pass, of weights in another precision say, whatever the batch."""
+    peak = affine(600_000, 500)
+    result = run(peak, 10_000, turn=peak, rest=100_000, whole_saving_bytes=50_000)
+    assert 784 <= (result.search.best or 0) <= 800
+    assert result.out_of_memory == 0
+
+
+def test_the_whole_target_is_no_second_guess_where_one_sample_fills_the_budget() -> None:
+    peak = affine(500_000, 300_000)
+    assert run(peak, 1_000, turn=peak, rest=500_000, whole_saving_bytes=100_000).tried == [1, 2]
 
 
 def test_where_the_whole_target_fits_the_small_trials_are_a_fraction_of_it() -> None:

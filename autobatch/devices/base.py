@@ -46,8 +46,8 @@ class Device(Protocol):
         ...
 
     @property
-    def noise_bytes(self) -> int:
-        """How far two runs of the same step may peak apart: a search need not come closer to the budget."""
+    def jump_bytes(self) -> int:
+        """How far the peaks of neighbouring sizes may jump: a search need not come closer to the budget."""
         ...
 
     @property

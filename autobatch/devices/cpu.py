@@ -24,8 +24,8 @@ from autobatch.workload.step import TrainingStep
 HEAP_NOISE = 0.03
 """Two fresh processes that run the same steps peak some per cent apart: how glibc's heap fragments depends on addresses
 and on the timing of threads. This share of the limit always stays free."""
-NOISE = 0.08
-MOST_NOISE_BYTES = 8 * (32 << 20)
+JUMPS = 0.08
+MOST_JUMP_BYTES = 8 * (32 << 20)
 """Sizes next to each other peak up to this share of the limit apart, on one heap too; but only blocks of up to 32 MiB
 are there (glibc's `DEFAULT_MMAP_THRESHOLD_MAX`), so that it is no more than some of them."""
 GROWTH = 1 / 6
@@ -61,7 +61,7 @@ class CpuDevice:
         available = system_memory.available_bytes()
         self.limit_bytes = available if memory_limit is None else memory_limit
         self.settled_bytes = int(self.limit_bytes / (1 + GROWTH))
-        self.noise_bytes = min(int(self.limit_bytes * NOISE), MOST_NOISE_BYTES)
+        self.jump_bytes = min(int(self.limit_bytes * JUMPS), MOST_JUMP_BYTES)
         self.warnings: list[str] = []
         if self.limit_bytes > available:
             self.warnings.append(

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ from autobatch.devices.oom import Diagnosis, Failure, add_note, chain, classify
 from autobatch.errors import DevicePoisoned, DeviceUnavailable, NothingFits
 from autobatch.plan import DeviceInfo, Trial, Verdict
 from autobatch.units import format_bytes
-from autobatch.workload.runner import StepRunner
+from autobatch.workload.runner import StepRunner, gradient_bytes
 from autobatch.workload.state import preserved
 from autobatch.workload.step import TrainingStep
 
@@ -33,7 +34,7 @@ class CudaDevice:
     """One GPU. This process' bytes on it: what torch's allocator reserves, and context and libraries outside that."""
 
     least_headroom = 0.0
-    noise_bytes = 0
+    jump_bytes = 0
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class CudaDevice:
 
     def _run(self, step: TrainingStep, sizes: tuple[int, ...], budget_bytes: int) -> Trial:
         started = time.perf_counter()
-        progress = _Progress(self._memory, sizes)
+        progress = _Progress(self._memory, sizes, partial(gradient_bytes, step.model))
         self._free()
         self._cap_allocator()
         self._memory.reset_peaks()
@@ -245,21 +246,29 @@ class _Progress:
 
     memory: CudaMemory
     sizes: tuple[int, ...]
+    gradient_bytes: Callable[[], int]
     step: str = "the start"
     phase: str = ""
     samples: int = 0
     rest_allocated: int = 0
-    """Bytes in live tensors before the latest micro-batch."""
+    """Bytes in live tensors without a batch, with the gradients there were before the latest one."""
     turn_allocated: int = 0
     """Bytes in live tensors at the latest turn from forward to backward."""
     step_seconds: float | None = None
     loss: float = 0.0
     _micro_batch: int = 0
+    _at_rest: int | None = None
+    """Bytes in live tensors as the step began."""
 
     def __call__(self, phase: str) -> None:
         self.phase = phase
         if phase == "batch":
-            self.rest_allocated = self.memory.allocated()
+            if self._at_rest is None:
+                self._at_rest = self.memory.allocated()
+            # Not what is allocated now: that has the earlier micro-batch's inputs in it, which grow with its size.
+            self.rest_allocated = self._at_rest + self.gradient_bytes()
+        elif phase == "optimizer":
+            self._at_rest = None
         elif phase == "forward":
             warming = self.step == "the warm-up step"
             self.samples += max(self.sizes) if warming else self.sizes[self._micro_batch]

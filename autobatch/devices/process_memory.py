@@ -55,14 +55,17 @@ def peak_data_bytes(seen: int = 0) -> int:
     return max(seen, now["VmData"], min(by_address_space, by_residence))
 
 
-def in_use_bytes() -> int:
-    """Bytes held now, less what lies free in the C library's heap: about the same from one process to the next."""
-    heap_of = getattr(_LIBC, "mallinfo2", None)  # glibc 2.33
+def in_use_bytes() -> int | None:
+    """Bytes held now, less what lies free in the heap. None where that is not known: the C library is not glibc 2.33 or
+    newer, or another allocator was loaded over it."""
+    heap_of = getattr(_LIBC, "mallinfo2", None)
     if heap_of is None:
-        return data_bytes()
+        return None
     heap_of.restype = _Mallinfo2
-    free: int = heap_of().fordblks
-    return data_bytes() - free
+    heap = heap_of()
+    used: int = heap.arena + heap.hblkhd
+    free: int = heap.fordblks
+    return data_bytes() - free if used else None
 
 
 def limit_data(limit_bytes: int) -> None:

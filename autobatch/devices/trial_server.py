@@ -17,8 +17,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -108,6 +109,7 @@ class _Progress:
 
     heap: list[bytearray]
     """What disturbs the heap, held for as long as the trial runs."""
+    gradient_bytes: Callable[[], int]
     phase: str = "start"
     samples: int = 0
     rest_bytes: int | None = None
@@ -115,14 +117,22 @@ class _Progress:
     most_seen: int = 0
     """The most bytes held as a phase began."""
     started: float = field(default_factory=time.perf_counter)
+    _at_rest: int | None = None
+    """Bytes in use as the step began."""
 
     def enter(self, phase: str) -> None:
         self.phase = phase
         self.most_seen = max(self.most_seen, process_memory.data_bytes())
-        if phase == "batch":
-            self.rest_bytes = process_memory.in_use_bytes()
+        in_use = process_memory.in_use_bytes()
+        if phase == "batch" and self._at_rest is None:
+            self.rest_bytes = self._at_rest = in_use
+        elif phase == "batch" and self._at_rest is not None:
+            # Not what is held now: that has the earlier micro-batch's inputs in it, which grow with its size.
+            self.rest_bytes = self._at_rest + self.gradient_bytes()
         elif phase == "backward":
-            self.turn_bytes = process_memory.in_use_bytes()
+            self.turn_bytes = process_memory.data_bytes() if in_use is None else in_use
+        elif phase == "optimizer":
+            self._at_rest = None
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -209,9 +219,11 @@ def _in_a_fork(step: TrainingStep, settings: Settings, request: Request) -> Outc
 def _trial(step: TrainingStep, settings: Settings, request: Request) -> Outcome:
     import torch
 
+    from autobatch.workload.runner import gradient_bytes
+
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    progress = _Progress(_disturb_heap(request.heap))
+    progress = _Progress(_disturb_heap(request.heap), partial(gradient_bytes, step.model))
     try:
         process_memory.limit_data(request.limit_bytes)
         return _steps(step, request, progress)

@@ -51,7 +51,7 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
     elif plan.max_is_exact:
         largest += ", as many as were asked for"
     else:
-        largest += "; up to 2 % more may fit"
+        largest += "; a little more may fit"
     less = f"{plan.headroom:.0%} head-room"
     reserve = int(plan.limit_bytes * (1 - plan.headroom)) - plan.budget_bytes
     if reserve > 0:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from autobatch.batches import map_arrays
@@ -63,6 +64,12 @@ class StepRunner:
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = AUTOCAST_DTYPES.get(self.step.precision)
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes in the gradients that are there."""
+    gradients = (parameter.grad for parameter in model.parameters())
+    return sum(g.numel() * g.element_size() for g in gradients if g is not None and not g.is_sparse)
 
 
 def make_optimizer(step: TrainingStep) -> Optimizer:
