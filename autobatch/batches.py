@@ -102,6 +102,36 @@ def compare_layouts(smaller: Any, larger: Any, sizes: tuple[int, int]) -> Layout
     return Layout(sizes[1], cuts)
 
 
+def dims_of(batch: Any, layout: Layout) -> dict[str, int | None]:
+    """The batch dimension of every array by its name, None where samples share it; `layout_like` reads it back.
+
+    Empty where samples are items of lists, which have no dimension.
+    """
+    named = {_name(path): layout.cuts.get(path) for path, node in _walk(batch) if is_array(node)}
+    return named if sum(dim is not None for dim in named.values()) == len(layout.cuts) else {}
+
+
+def layout_like(batch: Any, dims: Mapping[str, int | None]) -> Layout | None:
+    """The layout of a batch whose arrays have these names and batch dimensions; None where they are others.
+
+    Raises:
+        InvalidInput: the arrays disagree about how many samples there are.
+    """
+    found = {_name(path): (path, node) for path, node in _walk(batch) if is_array(node)}
+    cuts = {name: dim for name, dim in dims.items() if dim is not None}
+    if not cuts or found.keys() != dims.keys() or any(found[name][1].ndim <= dim for name, dim in cuts.items()):
+        return None
+    sizes = {name: found[name][1].shape[dim] for name, dim in cuts.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{size} in {name or 'the tensor'} (dimension {cuts[name]})" for name, size in sizes.items())
+        raise InvalidInput(f"the parts of this batch disagree about its samples: {told}. All need as many.")
+    return Layout(next(iter(sizes.values())), {found[name][0]: dim for name, dim in cuts.items()})
+
+
+def _name(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
 def grow(batch: Any, layout: Layout, n: int) -> Any:
     """A new batch of `n` samples, made by cycling through the samples of `batch`. Shares no memory with it where it has
     samples."""

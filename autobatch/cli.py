@@ -6,6 +6,7 @@ Heavy modules are imported by the commands that use them, so that `--help` is qu
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -220,10 +221,19 @@ def _hand_over(result: TrainingPlan | DeviceProfile, output: Path | None, as_jso
         view = profile_view(result)
         fits = any(reference.plan for reference in result.results)
         output = output or Path(f"autobatch-profile-{_file_name(result.device.name)}.json")
-    if as_json:
-        print(text)
-    else:
-        Console().print(view)
+    try:
+        if as_json:
+            print(text)
+        else:
+            Console().print(view)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read this has seen enough; Python flushes once more
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if output is None:
+            text = f"the result cannot be written to stdout: {error.strerror}."
+            raise InvalidInput(f"{text} Use --output to save it to a file.") from error
     if output is not None:
         try:
             if isinstance(result, TrainingPlan):

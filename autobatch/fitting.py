@@ -28,6 +28,8 @@ from autobatch.workload import Workload, resolve
 from autobatch.workload.state import preserved
 from autobatch.workload.step import TrainingStep, require_trainable
 
+WORTH_SAYING = 0.005
+"""The share of the budget from which on bytes that no trial saw are worth a warning."""
 LITTLE_HEADROOM = 0.02
 """Below this share of head-room the plan warns: allocators drift by a per cent or two over a run."""
 
@@ -138,12 +140,13 @@ def _needed(attempt: Attempts, step: TrainingStep, unlimited: Device | None) -> 
 def _nothing_fits(
     spot: Device, step: TrainingStep, question: Question, attempt: Attempts, needed: int | None
 ) -> NothingFits:
-    advice = [
-        'precision="bf16", activation checkpointing, smaller inputs, an optimizer with less state, or a smaller model'
-    ]
+    lower = 'precision="bf16", ' if step.precision == "fp32" else ""
+    advice = [f"{lower}activation checkpointing, smaller inputs, an optimizer with less state, or a smaller model"]
     if needed is not None:
         headroom = max(question.headroom, spot.least_headroom)
-        advice.insert(0, f"a limit of at least {format_bytes(math.ceil(needed / (1 - headroom)))}")
+        # As much more as the same step may take in another process.
+        limit = math.ceil(needed * (1 + spot.least_headroom) / (1 - headroom))
+        advice.insert(0, f"a limit of at least {format_bytes(limit)}")
         if needed <= spot.limit_bytes * (1 - spot.least_headroom):
             advice.insert(0, f"less head-room (it fits in the limit, but does not leave {headroom:.0%} of it free)")
     smallest = attempt.smallest
@@ -174,6 +177,7 @@ def _plan(answer: Answer, spot: Device, step: TrainingStep, question: Question, 
         headroom=headroom,
         verified=set(answer.sizes) <= attempt.sizes_confirmed,
         precision=step.precision,
+        batch_dims=dict(step.batch_dims),
         trials=tuple(attempt.trials),
         device=spot.info,
         versions=_versions(),
@@ -216,8 +220,8 @@ def _warnings(
         )
     if answer.cut_short:
         yield f"the search stopped after {len(attempt.trials)} trials, as peaks follow no line here: more may fit."
-    if question.world_size > 1 and not step.reserve_bytes:
-        buckets = sum(p.numel() * p.element_size() for p in require_trainable(step.model))
+    buckets = sum(p.numel() * p.element_size() for p in require_trainable(step.model))
+    if question.world_size > 1 and not step.reserve_bytes and buckets > attempt.budget_bytes * WORTH_SAYING:
         yield (
             f"DistributedDataParallel would hold gradient buckets of {format_bytes(buckets)} more on each rank than "
             "the trials did. Pass the wrapped model to have them counted, or leave that much head-room."

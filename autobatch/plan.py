@@ -184,6 +184,9 @@ class TrainingPlan(_Data):
     verified: bool
     """Whether every size named in `micro_batch_sizes` ran whole training steps within the budget."""
     precision: Precision = "fp32"
+    batch_dims: dict[str, int | None] = {}
+    """The batch dimension of every tensor of a batch, by its name in it ("0", "labels"); None where samples share it.
+    Empty where that is not known."""
     trials: tuple[Trial, ...] = ()
     device: DeviceInfo
     versions: dict[str, str] = {}
@@ -268,9 +271,8 @@ class TrainingPlan(_Data):
         Args:
             batch: any nest of tuples, lists, dicts and dataclasses of tensors; views are made, not copies. A batch of
                 another size than this rank's share (a loader's last one) is split into as few micro-batches as fit.
-            samples: how many samples the batch has, where that is not this rank's share and its first dimension does
-            not
-                tell, as for tensors of (time, samples).
+            samples: how many samples the batch has, where the plan does not know its tensors (they have other names or
+                another order than those it was made with), and neither this rank's share nor a first dimension tells.
 
         Yields:
             `(micro_batch, weight)`. `sum(weight * mean_loss)` over the micro-batches is the mean loss of the batch, and
@@ -278,14 +280,22 @@ class TrainingPlan(_Data):
             over ranks the mean over all samples.
 
         Raises:
-            InvalidInput: the batch has no dimension that can be cut.
+            InvalidInput: the batch has no dimension that can be cut, its tensors disagree about how many samples there
+                are, or they are more than this rank's share.
         """
         from autobatch import batches
 
         sizes = self.micro_batch_sizes
         total = self.target_batch_size / self.world_size
-        layout = batches.find_layout(batch, expected=samples or sum(sizes))
-        if layout.size != sum(sizes):
+        layout = batches.layout_like(batch, self.batch_dims) if samples is None else None
+        layout = layout or batches.find_layout(batch, expected=samples or sum(sizes))
+        if layout.size > sum(sizes):
+            raise InvalidInput(
+                f"the batch has {layout.size} samples, more than the {sum(sizes)} of one optimizer step"
+                + (f" on rank {self.rank} of {self.world_size}" if self.world_size > 1 else "")
+                + f": {batches.describe(batch)}. Have the loader make batches of {sum(sizes)}."
+            )
+        if layout.size < sum(sizes):
             sizes = micro_batches(layout.size, self.max_micro_batch_size, self.min_micro_batch_size)
             total = layout.size
         for micro, size in zip(batches.split(batch, sizes, layout), sizes, strict=True):

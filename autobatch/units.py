@@ -37,6 +37,8 @@ def parse_bytes(amount: int | float | str) -> int:
         raise InvalidInput(f"{amount!r} is not an amount of memory. Pass bytes, or a string such as '8GiB'.")
     else:
         value = amount
+    if isinstance(amount, float) and amount != int(amount if math.isfinite(amount) else 0):
+        raise InvalidInput(f"{amount!r} is not a whole number of bytes. For a number of GiB, write {amount!r} GiB.")
     if not math.isfinite(value) or value < 1:
         raise InvalidInput(f"an amount of memory must be at least 1 byte and finite, but {amount!r} is not.")
     return int(value)

@@ -78,7 +78,7 @@ def main() -> None:
     for label, command in {
         "python -c pass": ["-c", "pass"],
         "python -c 'import autobatch'": ["-c", "import autobatch"],
-        "autobatch --help": ["-m", "autobatch.cli", "--help"],
+        "autobatch --help": ["-m", "autobatch", "--help"],
         "python -c 'import torch'": ["-c", "import torch"],
     }.items():
         taken = seconds_of(*command)

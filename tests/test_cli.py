@@ -209,6 +209,29 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(folder: Path) -> None:
     assert not Path("plan.json").exists()
 
 
+def test_a_full_stdout_is_no_fault_of_the_model(folder: Path) -> None:
+    command = [*AUTOBATCH, "probe", "cli_models.py:make", "--target", "2", *SMALL, "--quiet", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "cannot be written to stdout: No space left on device. Use --output" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(folder: Path) -> None:
+    command = [*AUTOBATCH, "probe", "cli_models.py:make", "--target", "2", *SMALL, "--quiet", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 0
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "autobatch", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"autobatch {__version__}\n"
+
+
 def test_interrupting_ends_with_one_line_and_leaves_no_process(folder: Path) -> None:
     mark = uuid.uuid4().hex
     command = [*AUTOBATCH, "probe", "cli_models.py:slow", "--target", "4", *SMALL]

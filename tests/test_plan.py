@@ -275,6 +275,29 @@ def test_an_empty_batch_is_a_clear_error():
         list(make_plan().split(torch.randn(0, 8)))
 
 
+def test_a_batch_is_cut_where_the_plan_knows_its_samples_are():
+    """Not along a dimension that happens to be as long as the target."""
+    plan = make_plan(target=64, largest=16).model_copy(update={"batch_dims": {"0": 0, "1": 0}})
+    pieces = list(plan.split((torch.randn(37, 64), torch.zeros(37))))
+    assert [(x.shape, y.shape) for (x, y), _ in pieces] == [((13, 64), (13,)), ((12, 64), (12,)), ((12, 64), (12,))]
+    assert sum(weight for _, weight in pieces) == pytest.approx(1)
+    time_first = plan.model_copy(update={"batch_dims": {"x": 1, "mask": None}})
+    batch = {"x": torch.randn(64, 20, 3), "mask": torch.ones(64, 64)}
+    assert [(m["x"].shape, m["mask"].shape) for m, _ in time_first.split(batch)] == [((64, 10, 3), (64, 64))] * 2
+
+
+def test_parts_that_disagree_about_the_samples_are_an_error_that_names_them():
+    plan = make_plan(target=64, largest=16).model_copy(update={"batch_dims": {"0": 0, "1": 0}})
+    with pytest.raises(InvalidInput, match=r"37 in 0 \(dimension 0\), 36 in 1"):
+        list(plan.split((torch.randn(37, 8), torch.zeros(36))))
+
+
+def test_more_samples_than_the_share_are_an_error():
+    plan = make_plan(target=64, largest=16)
+    with pytest.raises(InvalidInput, match="100 samples, more than the 64 of one optimizer step: "):
+        list(plan.split(torch.randn(100, 8)))
+
+
 def test_the_last_batch_of_a_sequence_first_loader_is_cut_by_samples():
     plan = make_plan(target=64, largest=10)
     assert {micro.shape[1] for micro, _ in plan.split(torch.randn(20, 64, 8))} == {10, 9}

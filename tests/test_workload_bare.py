@@ -256,3 +256,21 @@ def test_mistakes_in_a_workload_are_told_at_once():
     for arguments, words in cases:
         with pytest.raises(InvalidInput, match=words):
             Workload(**arguments)
+
+
+def test_what_a_hook_collects_in_a_proof_is_taken_out_again():
+    model, kept = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), ["before"]
+    by_layer, in_object = {}, Collector()
+    model[0].register_forward_hook(lambda module, args, output: kept.append(output.detach()))
+    model[1].register_forward_hook(lambda module, args, output: by_layer.update(out=output))
+    model[1].register_forward_hook(in_object.hook)
+    resolve(Workload(model))
+    assert (kept, by_layer, in_object.outputs) == (["before"], {}, [])
+
+
+class Collector:
+    def __init__(self):
+        self.outputs = []
+
+    def hook(self, module, args, output):
+        self.outputs.append(output)

@@ -221,3 +221,15 @@ def test_a_data_parallel_wrappers_buckets_come_off_the_budget(tmp_path):
     assert step.model is model.module
     assert step.reserve_bytes == (4 * 3 + 3) * 4
     assert any("buckets" in assumption for assumption in step.assumptions)
+
+
+def test_a_list_of_samples_is_a_data_set_as_it_is_to_a_loader():
+    samples = [{"x": torch.randn(6), "y": torch.randn(3)} for _ in range(20)]
+    step = resolve(
+        Workload(nn.Linear(6, 3), samples, training_step=lambda m, b: nn.functional.mse_loss(m(b["x"]), b["y"]))
+    )
+    assert step.max_samples == 20
+    assert {name: part.shape for name, part in step.make_batch(5).items()} == {"x": (5, 6), "y": (5, 3)}
+    assert step.batch_dims == {"x": 0, "y": 0}
+    pairs = resolve(Workload(nn.Linear(6, 3), [(torch.randn(6), 1), (torch.randn(6), 2)], nn.CrossEntropyLoss()))
+    assert [part.shape for part in pairs.make_batch(4)] == [(4, 6), (4,)]

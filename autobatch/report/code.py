@@ -5,6 +5,8 @@ from __future__ import annotations
 from textwrap import indent
 from typing import TYPE_CHECKING
 
+from autobatch.report.words import samples_in_words
+
 if TYPE_CHECKING:
     from autobatch.plan import TrainingPlan
 
@@ -18,15 +20,19 @@ def training_loop(plan: TrainingPlan) -> str:
 
 
 def _header(plan: TrainingPlan) -> list[str]:
-    ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
-    steps = f"{plan.accumulation_steps} micro-batch(es) of at most {plan.micro_batch_size} samples{ranks}"
+    one = plan.accumulation_steps == 1
+    steps = f"{plan.accumulation_steps} micro-batch{'' if one else 'es'} of {'' if one else 'at most '}"
+    steps += samples_in_words(plan.micro_batch_size)
+    share = samples_in_words(sum(plan.micro_batch_sizes))
+    if plan.world_size > 1:
+        share += f" on rank {plan.rank} of {plan.world_size} ({plan.target_batch_size} over all)"
     return [
         *(["from contextlib import nullcontext", ""] if plan.world_size > 1 else []),
         "import torch",
         "",
         "",
         "def train_epoch(plan, model, loader, compute_loss, optimizer, scheduler=None, max_norm=None):",
-        f'    """Train on batches of {sum(plan.micro_batch_sizes)} samples, each one optimizer step: {steps}.',
+        f'    """Train on batches of {share}, each one optimizer step: {steps}.',
         "",
         "    compute_loss(model, micro) is the mean loss over the samples of one micro-batch, such as",
         f'        x, y = (part.to("{plan.device.type}") for part in micro)',

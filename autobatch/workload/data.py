@@ -63,6 +63,8 @@ def read_data(data: Any) -> Source:
         return _from_samples(iter(data), default_collate, _length(data))
     if isinstance(data, Dataset):
         return _from_samples(_items(data), default_collate, _length(data))
+    if _is_list_of_samples(data):
+        return _from_samples(_items(data), default_collate, len(data))
     if (
         is_array(data)
         or isinstance(data, (Mapping, list, tuple))
@@ -84,6 +86,14 @@ def read_data(data: Any) -> Source:
         f"data must be a batch, a Dataset, a DataLoader or a callable(n) that returns a batch of n samples, "
         f"but is {type(data).__name__}."
     )
+
+
+def _is_list_of_samples(data: Any) -> bool:
+    """Whether this is a list as a DataLoader takes it, of samples that are alike, rather than one collated batch."""
+    if not isinstance(data, list) or len(data) < 2 or is_array(data[0]):
+        return False
+    shapes = {describe(sample) for sample in data[:MAX_SCANNED]}
+    return len(shapes) == 1 and all(next(arrays(sample), None) is not None for sample in data[:MAX_SCANNED])
 
 
 def _from_callable(make_batch: Callable[[int], Any]) -> Source:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import types
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +67,7 @@ class Prover:
         """`code(shadow, *batches)` with fake tensors and gradients, in training mode or, for the shapes alone, in
         evaluation mode, which looks at values less often."""
         try:
-            with _quiet(), torch.enable_grad():
+            with _quiet(), torch.enable_grad(), _collections_kept(self.model):
                 shadow = _Shadows(self._fake).of(self.model)
                 if shadow.training != training:
                     shadow.train(training)
@@ -105,6 +107,39 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.disabled = disabled
+
+
+@contextmanager
+def _collections_kept(model: nn.Module) -> Iterator[None]:
+    """Take what the model's hooks collect during a proof out of their lists, dicts and sets again: it is fake."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for module in model.modules() for table in tables for hook in getattr(module, table).values()]
+    kept = [(held, copy.copy(held)) for hook in hooks for held in _collections_of(hook)]
+    try:
+        yield
+    finally:
+        for held, before in kept:
+            if isinstance(held, list):
+                held[:] = before
+            else:
+                held.clear()
+                held.update(before)
+
+
+def _collections_of(hook: Any) -> Iterator[Any]:
+    """The lists, dicts and sets that a hook knows: in its closure, its defaults, its object, or as global variables."""
+    if isinstance(hook, functools.partial):
+        known = [*hook.args, *hook.keywords.values(), *_collections_of(hook.func)]
+    elif isinstance(hook, types.MethodType):
+        known = [*vars(hook.__self__).values()] if hasattr(hook.__self__, "__dict__") else []
+    elif isinstance(hook, types.FunctionType):
+        known = [*map(hook.__globals__.get, hook.__code__.co_names), *(hook.__defaults__ or ())]
+        for cell in hook.__closure__ or ():
+            with suppress(ValueError):  # a variable that has no value yet
+                known.append(cell.cell_contents)
+    else:
+        known = [*getattr(hook, "__dict__", {}).values()]
+    return (value for value in known if type(value) in (list, dict, set, OrderedDict, defaultdict))
 
 
 class _OneTimeStep(TorchFunctionMode):

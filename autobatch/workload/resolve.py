@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from autobatch.batches import compare_layouts, grow
+from autobatch.batches import Layout, compare_layouts, dims_of, grow
 from autobatch.errors import InvalidInput
 from autobatch.units import format_bytes
 from autobatch.workload.data import read_data
@@ -38,7 +39,9 @@ def resolve(workload: Workload) -> TrainingStep:
     else:
         recipe = read_batches(inner, prover, source, workload.loss)
     optimizer, optimizer_notes = _optimizer(workload, inner, prover)
-    fewest, refusal = _fewest_samples(prover, recipe)
+    two = recipe.make_batch(2)
+    layout = _layout(two, recipe)
+    fewest, refusal = _fewest_samples(prover, recipe, two, layout)
     return TrainingStep(
         model=model,
         make_batch=recipe.make_batch,
@@ -47,6 +50,7 @@ def resolve(workload: Workload) -> TrainingStep:
         precision=workload.precision,
         min_micro_batch=fewest,
         max_samples=source.max_samples if source else None,
+        batch_dims=dims_of(two, layout) if layout else {},
         reserve_bytes=reserve,
         assumptions=(*notes, *recipe.assumptions, *optimizer_notes),
         warnings=(*warnings, *refusal),
@@ -84,15 +88,20 @@ def _optimizer(workload: Workload, model: nn.Module, prover: Prover) -> tuple[An
     return torch.optim.AdamW, (f"{default}, as configure_optimizers could not be used ({proof.reason}).",)
 
 
-def _fewest_samples(prover: Prover, recipe: Recipe) -> tuple[int, tuple[str, ...]]:
-    """1, or 2 where the model is proved to run on two samples but to refuse a single one, as BatchNorm does."""
-    two = recipe.make_batch(2)
-    if not recipe.proved and not prove_loss(prover, recipe.compute_loss, two).holds:
-        return 1, ()
+def _layout(two: Any, recipe: Recipe) -> Layout | None:
+    """Where the samples of a batch are; None where only its own collate function makes one of another size."""
     try:
-        single = grow(two, compare_layouts(two, recipe.make_batch(3), (2, 3)), 1)
-    except InvalidInput:  # batches that only their own collate function can make smaller
+        return compare_layouts(two, recipe.make_batch(3), (2, 3))
+    except InvalidInput:
+        return None
+
+
+def _fewest_samples(prover: Prover, recipe: Recipe, two: Any, layout: Layout | None) -> tuple[int, tuple[str, ...]]:
+    """1, or 2 where the model is proved to run on two samples but to refuse a single one, as BatchNorm does."""
+    if layout is None or (not recipe.proved and not prove_loss(prover, recipe.compute_loss, two).holds):
         return 1, ()
+    # The layout is that of the batch of three, at the same dimensions.
+    single = grow(two, replace(layout, size=2), 1)
     proof = prove_loss(prover, recipe.compute_loss, single)
     if proof.holds or proof.undecided:
         return 1, ()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class TrainingStep:
     """The fewest samples that the model can run on (2 where BatchNorm refuses a single one)."""
     max_samples: int | None = None
     """How many samples the data has, or None where that is not known."""
+    batch_dims: Mapping[str, int | None] = field(default_factory=dict)
+    """The batch dimension of every tensor in a batch by its name, None where samples share it; empty where that is not
+    known."""
     reserve_bytes: int = 0
     """Bytes that training holds beside this step and no trial sees, such as DistributedDataParallel's gradient
     buckets."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -97,7 +98,10 @@ def _torchvision(name: str, options: Mapping[str, Any]) -> Callable[[], nn.Modul
     models = _library("torchvision.models", extra="vision")
     if name not in (known := models.list_models()):
         raise InvalidInput(_unknown("torchvision has no model", name, known))
-    return partial(models.get_model, name, **options)
+    builder = models.get_model_builder(name)
+    # A detector's backbone comes with weights of its own, unless it is told not to.
+    without = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
+    return partial(models.get_model, name, **(without | dict(options)))
 
 
 ZOOS: Mapping[str, Callable[[str, Mapping[str, Any]], Callable[[], nn.Module]]] = {
@@ -156,5 +160,9 @@ def _value(text: str) -> Any:
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3)
+    if not name:
+        return f"{what} without a name."
+    names = {key.lower(): key for key in known}
+    close = [names[key] for key in difflib.get_close_matches(name.lower(), names, n=3)]
+    close = close or [key for key in names.values() if len(key) > 2 and name.lower().startswith(key.lower())][:3]
     return f"{what} {name!r}." + (f" Did you mean {' or '.join(close)}?" if close else "")
