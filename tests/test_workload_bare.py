@@ -1,6 +1,8 @@
 """Bare models: the inputs and the loss are inferred, proved on fake tensors, and really run."""
 
 import io
+import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,7 +208,8 @@ def test_what_cannot_be_inferred_is_an_error_with_the_call_to_make():
 
     with pytest.raises(InputsNotInferred) as error:
         resolve(Workload(Odd()))
-    assert "autobatch.fit(model, 256, data=lambda n:" in str(error.value) and "(graph, *, edges)" in str(error.value)
+    assert "(graph, *, edges)" in str(error.value)
+    assert 'model(graph=batch["graph"], edges=batch["edges"])' in str(error.value)
 
     class Picky(nn.Linear):
         def forward(self, x):
@@ -214,6 +217,21 @@ def test_what_cannot_be_inferred_is_an_error_with_the_call_to_make():
 
     with pytest.raises(InputsNotInferred, match="only on Sundays"):
         resolve(Workload(Picky(3, 3)))
+
+
+def test_the_call_to_make_runs_where_its_shapes_are_those_of_the_model():
+    class ByName(nn.Linear):
+        def forward(self, *, left, right):
+            return super().forward(left + right)
+
+    model = ByName(16, 10)
+    with pytest.raises(InputsNotInferred) as error:
+        resolve(Workload(model))
+    code = textwrap.dedent(str(error.value).partition("for example:\n")[2])
+    calls = []
+    exec(code, {"torch": torch, "model": model, "autobatch": SimpleNamespace(fit=lambda *a, **k: calls.append(k))})
+    (arguments,) = calls
+    assert resolve(Workload(model, **arguments)).make_batch(3)["right"].shape == (3, 16)
 
 
 def test_nothing_of_the_models_state_sees_a_proof():

@@ -16,7 +16,7 @@ from autobatch.workload.layers import Guess, float_dtype, guesses_from_layers
 from autobatch.workload.lightning import is_lightning, lightning_step
 from autobatch.workload.losses import CriterionLoss, OwnLoss, StandInLoss, own_loss, trainable_outputs
 from autobatch.workload.proof import Proof, Prover
-from autobatch.workload.recipes import Attempts, Loss, Recipe, not_inferred, stand_in_sentence
+from autobatch.workload.recipes import Attempts, Loss, Recipe, example_call, not_inferred, stand_in_sentence
 from autobatch.workload.tensors import GrownBatch, RandomBatch, RandomTensor
 
 SIZES = (2, 3)
@@ -38,8 +38,7 @@ def infer(model: nn.Module, prover: Prover, criterion: Any = None, training_step
     if found is None and training_step is None:
         found = attempts.first_proved(prover, _forward_recipes(model, prover, criterion, attempts), SIZES[:1])
     if found is None:
-        data = "lambda n: (torch.randn(n, ...), torch.randint(10, (n,)))"
-        raise not_inferred(model, attempts, "Give it batches of n samples", data)
+        raise not_inferred(model, attempts, "Give it batches of n samples, in your shapes", example_call(model))
     return found
 
 

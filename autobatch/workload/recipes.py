@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autobatch.errors import InputsNotInferred
-from autobatch.workload.calls import Reading, split_readings, whole_readings
+from autobatch.workload.calls import Reading, forward_of, split_readings, whole_readings
 from autobatch.workload.data import Source
 from autobatch.workload.lightning import is_lightning, lightning_step
 from autobatch.workload.losses import CriterionLoss, OwnLoss, StandInLoss, describe_stand_in
@@ -94,11 +94,16 @@ def read_batches(model: nn.Module, prover: Prover, source: Source, criterion: An
     if found is None and criterion is not None:
         found = recipes[0]
     if found is None:
-        raise not_inferred(model, attempts, "Say how a batch becomes a loss", data="data")
+        raise not_inferred(model, attempts, "Say how a batch becomes a loss", EXAMPLE_STEP)
     return found
 
 
-def not_inferred(model: nn.Module, attempts: Attempts, advice: str, data: str) -> InputsNotInferred:
+EXAMPLE_STEP = """\
+  autobatch.fit(model, 256, data=data, training_step=lambda model, batch:
+      torch.nn.functional.cross_entropy(model(batch[0]), batch[1]))"""
+
+
+def not_inferred(model: nn.Module, attempts: Attempts, advice: str, example: str) -> InputsNotInferred:
     """The error that names what was tried and shows the call to make."""
     name = type(model).__name__
     shown = list(attempts.failures.items())
@@ -108,9 +113,22 @@ def not_inferred(model: nn.Module, attempts: Attempts, advice: str, data: str) -
     tried = "Tried:\n" + "\n".join(lines) if lines else "No layer, example or configuration says what it takes."
     return InputsNotInferred(
         f"how to train {name} could not be worked out. {tried}\n"
-        f"{name}.forward takes {inspect.signature(model.forward)}. {advice}, for example:\n"
-        f"  autobatch.fit(model, 256, data={data}, "
-        "training_step=lambda model, batch: loss_fn(model(batch[0]), batch[1]))"
+        f"{name}.forward takes {inspect.signature(model.forward)}. {advice}, for example:\n{example}"
+    )
+
+
+def example_call(model: nn.Module) -> str:
+    """A call that says everything, with the names of what this model's forward requires."""
+    forward = forward_of(model)
+    names = forward.required or forward.names[:1] or ("x",)
+    tensors = "".join(f'"{name}": torch.randn(n, 16), ' for name in names)
+    inputs = ", ".join(f'{name}=batch["{name}"]' for name in names)
+    return (
+        "  def loss(model, batch):\n"
+        f'      return torch.nn.functional.cross_entropy(model({inputs}), batch["target"])\n'
+        "  def data(n):\n"
+        f'      return {{{tensors}"target": torch.randint(10, (n,))}}\n'
+        "  autobatch.fit(model, 256, data=data, training_step=loss)"
     )
 
 
