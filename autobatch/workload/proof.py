@@ -68,7 +68,7 @@ class Prover:
         evaluation mode, which looks at values less often."""
         try:
             with _quiet(), torch.enable_grad(), _collections_kept(self.model):
-                shadow = _Shadows(self._fake).of(self.model)
+                shadow = Shadows(self._fake).of(self.model)
                 if shadow.training != training:
                     shadow.train(training)
                 with self._mode, _OneTimeStep():
@@ -157,7 +157,7 @@ class _OneTimeStep(TorchFunctionMode):
         return (output.repeat(repeats), *states)
 
 
-class _Shadows:
+class Shadows:
     """Copies of modules that share nothing mutable with the originals and hold other tensors.
 
     `copy.deepcopy` would also copy what a module merely refers to, such as a trainer or a data set.

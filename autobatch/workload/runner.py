@@ -37,6 +37,10 @@ class StepRunner:
 
         Gradients are None before and after it, as `zero_grad()` leaves them.
         """
+        return float(self.run_unread(sizes, on_phase))
+
+    def run_unread(self, sizes: Sequence[int], on_phase: OnPhase = lambda phase: None) -> torch.Tensor:
+        """The same, with the loss left on its device: reading it waits for that, and on a fake one it is impossible."""
         total = torch.zeros((), device=self.device)
         for size in sizes:
             on_phase("batch")
@@ -56,7 +60,7 @@ class StepRunner:
             self._scaler.update()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(total)
+        return total
 
     def _to_device(self, batch: object) -> object:
         return map_arrays(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)

@@ -1,0 +1,129 @@
+"""Watches a step on the stand-in device: every storage's birth and death, and where in the user's code it was made."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from autobatch.prediction.stand_in import NAME
+from autobatch.prediction.trace import Category, Phase, Site, Trace
+
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_ITEM = torch.ops.aten._local_scalar_dense.default
+
+
+class Recorder(TorchDispatchMode):
+    """Records all that happens while it is active; see `trace`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.phase = Phase.SETUP
+        self.events: list[int] = []
+        self._sizes: list[int] = []
+        self._made: list[tuple[str, str, str, Phase]] = []
+        self._categories: dict[int, Category] = {}
+        self._alive: dict[int, int] = {}
+        """Numbers of living storages, by address."""
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._stack: list[str] = []
+        self._module_of_node: dict[int, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ITEM and self.phase is Phase.OPTIMIZER:
+            return 1  # a step count: no bytes depend on it
+        if func is torch.ops.aten._to_copy.default and isinstance(args[0], FakeTensor):
+            args[0].constant = None  # its value is known on the host, and would be moved by kernels that are not there
+        if self.phase is Phase.FORWARD:
+            self._module_of_node[torch._C._autograd._get_sequence_nr()] = self._module
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.see(leaf, str(func))
+        return result
+
+    def see(self, tensor: Tensor, operator: str, category: Category | None = None) -> None:
+        """Note the storage of a tensor, if it is a new one on the device."""
+        if tensor.device.type != NAME:
+            return
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._alive:
+            return
+        number = len(self._sizes)
+        self._alive[address] = number
+        self._sizes.append(storage.nbytes())
+        self._made.append((operator, self._module, _line(), self.phase))
+        if category is not None:
+            self._categories[number] = category
+        self.events.append(number)
+        weakref.finalize(storage, self._died, address)
+
+    def is_a(self, tensors: Any, category: Category) -> None:
+        """Say what living tensors are for."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._alive:
+                self._categories.setdefault(self._alive[tensor.untyped_storage()._cdata], category)
+
+    def enter(self, phase: Phase) -> None:
+        """Say where in the step the model is. What the forward pass leaves for the backward pass is saved."""
+        if phase is Phase.BACKWARD:
+            for number in self._alive.values():
+                if self._made[number][3] in (Phase.FORWARD, Phase.LOSS):
+                    self._categories.setdefault(number, Category.SAVED)
+        self.phase = phase
+
+    def trace(self) -> Trace:
+        """What was recorded."""
+        inputs = {Phase.BATCH: Category.INPUT}
+        sites = tuple(
+            Site(operator, module, line, phase, self._categories.get(i, inputs.get(phase, Category.TEMPORARY)))
+            for i, (operator, module, line, phase) in enumerate(self._made)
+        )
+        return Trace(sites, tuple(self._sizes), tuple(self.events))
+
+    @contextmanager
+    def following_modules(self) -> Iterator[None]:
+        """Follow which module's forward is running. The hooks are global: only in a process of our own."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._stack.append(self._paths.get(id(module), type(module).__name__))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+
+        before = module_hooks.register_module_forward_pre_hook(enter)
+        after = module_hooks.register_module_forward_hook(leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    @property
+    def _module(self) -> str:
+        if self.phase is Phase.BACKWARD:
+            node: Any = torch._C._current_autograd_node()
+            return "" if node is None else self._module_of_node.get(node._sequence_nr(), "")
+        return self._stack[-1] if self._stack else ""
+
+    def _died(self, address: int) -> None:
+        self.events.append(~self._alive.pop(address))
+
+
+def _line() -> str:
+    """`file:line` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""

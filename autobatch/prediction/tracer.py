@@ -1,0 +1,98 @@
+"""Traces the whole steps of a workload on the stand-in device. Runs in a process of its own; see `stand_in`."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from autobatch.prediction.recorder import Recorder
+from autobatch.prediction.stand_in import DEVICE, Fakes, Spelled
+from autobatch.prediction.trace import Category, Phase, Trace
+from autobatch.workload.proof import Shadows
+from autobatch.workload.runner import StepRunner, make_optimizer
+from autobatch.workload.step import TrainingStep
+
+STEPS = 2
+"""The second step is like all that follow: the optimizer's state is there."""
+
+
+def trace_step(step: TrainingStep, sizes: Sequence[int], mode: FakeTensorMode) -> Trace:
+    """All storages of `STEPS` optimizer steps of these micro-batches, parameters and buffers first.
+
+    The model and the optimizer are not touched: fakes of their tensors are used.
+    """
+    fakes = Fakes(mode)
+    shadow = Shadows(fakes.of).of(step.model)
+    optimizer = _rebound(make_optimizer(replace(step, model=shadow)), fakes)
+    recorder = Recorder(shadow)
+    _see_what_is_there(recorder, shadow, optimizer)
+    _as_on_cuda(optimizer)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # tensors die when they are let go, not when the collector happens to run
+    try:
+        with Spelled(), mode, recorder, recorder.following_modules():
+            runner = StepRunner(replace(step, model=shadow, optimizer=optimizer), DEVICE)
+
+            def on_phase(phase: str) -> None:
+                if phase == "optimizer":
+                    recorder.is_a([p.grad for p in shadow.parameters()], Category.GRADIENT)
+                recorder.enter(Phase(phase))
+
+            for _ in range(STEPS):
+                runner.run_unread(sizes, on_phase)
+                recorder.is_a(list(optimizer.state.values()), Category.OPTIMIZER_STATE)
+                gc.collect()
+        return recorder.trace()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _see_what_is_there(recorder: Recorder, shadow: nn.Module, optimizer: Optimizer) -> None:
+    for name, parameter in shadow.named_parameters():
+        recorder.see(parameter, f"parameter {name}", Category.PARAMETER)
+    for name, buffer in shadow.named_buffers():
+        recorder.see(buffer, f"buffer {name}", Category.BUFFER)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                recorder.see(value, f"optimizer state {name}", Category.OPTIMIZER_STATE)
+
+
+def _rebound(optimizer: Optimizer, fakes: Fakes) -> Optimizer:
+    """The optimizer over fakes of its parameters, with fakes of its state."""
+    rebound = copy.copy(optimizer)
+    rebound.param_groups = [
+        {**group, "params": [p if _is_fake(p) else fakes.of(p) for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    rebound.state = defaultdict(dict)
+    for parameter, state in optimizer.state.items():
+        rebound.state[fakes.of(parameter)] = {key: _state(value, fakes) for key, value in state.items()}
+    return rebound
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return tensor.device.type == torch.device(DEVICE).type
+
+
+def _state(value: Any, fakes: Fakes) -> Any:
+    """Step counts stay on the host, as they do with CUDA."""
+    return fakes.of(value) if isinstance(value, Tensor) and value.ndim > 0 else value
+
+
+def _as_on_cuda(optimizer: Optimizer) -> None:
+    """The multi-tensor kernels that CUDA would choose by itself: they hold a copy of all parameters for a moment."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
