@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from autobatch.devices import ship
 from autobatch.errors import WorkloadNotPortable
+from autobatch.workload import ship
 
 
 def there(obj):

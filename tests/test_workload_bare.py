@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from autobatch.devices import ship
 from autobatch.errors import InputsNotInferred, InvalidInput
-from autobatch.workload import TrainingStep, Workload, resolve
+from autobatch.workload import TrainingStep, Workload, resolve, ship
 from autobatch.workload.runner import StepRunner
 
 

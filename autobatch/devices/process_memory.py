@@ -17,15 +17,12 @@ The smaller of the two is taken, and never less than what was seen on the way.
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
-import signal
 from contextlib import suppress
 from pathlib import Path
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC = ctypes.CDLL(None)
 _STATUS = Path("/proc/self/status")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 _BEFORE_FREE = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
@@ -98,13 +95,6 @@ def age_heap() -> None:
     _LIBC.malloc.restype, _LIBC.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     _LIBC.free.restype, _LIBC.free.argtypes = None, [ctypes.c_void_p]
     _LIBC.free(_LIBC.malloc((32 << 20) - (64 << 10)))
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however it ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was told
-        os._exit(1)
 
 
 def be_killed_first() -> None:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import signal
-import socket
-import subprocess
-import sys
-from contextlib import suppress
 
 import torch
 
-from autobatch.devices import ship
+from autobatch.child import Child
 from autobatch.devices.trial_server import Loaded, Outcome, Request, Settings
 from autobatch.errors import TrialCrashed, WorkloadNotPortable
+from autobatch.workload import ship
 from autobatch.workload.step import TrainingStep
 
 
@@ -23,23 +17,7 @@ class TrialProcess:
     """The child process that serves trials, as its parent sees it."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        code = (
-            f"import sys; sys.path[:] = {json.dumps([p for p in sys.path if isinstance(p, str)])}\n"
-            f"from autobatch.devices.trial_server import main; main({theirs.fileno()}, {os.getpid()})"
-        )
-        # In a session of its own, so that Ctrl-C reaches only the caller, which then ends the child.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._socket = ours
-        self._reader, self._writer = ours.makefile("rb"), ours.makefile("wb")
+        self._child = Child("autobatch.devices.trial_server")
 
     def load(self, step: TrainingStep) -> None:
         """Send the workload.
@@ -53,10 +31,10 @@ class TrialProcess:
             deterministic=torch.are_deterministic_algorithms_enabled(),
             matmul_precision=_matmul_precision(),
         )
-        pickle.dump(settings, self._writer)
+        pickle.dump(settings, self._child.writer)
         try:
-            ship.dump(step, self._writer)
-            loaded: Loaded = pickle.load(self._reader)
+            ship.dump(step, self._child.writer)
+            loaded: Loaded = pickle.load(self._child.reader)
         except (EOFError, ConnectionError) as error:
             raise TrialCrashed(
                 f"the trial process died while it loaded the workload (status {self.close()}). "
@@ -72,20 +50,14 @@ class TrialProcess:
 
     def ask(self, request: Request) -> Outcome:
         """Run one trial."""
-        pickle.dump(request, self._writer)
-        self._writer.flush()
-        outcome: Outcome = pickle.load(self._reader)
+        pickle.dump(request, self._child.writer)
+        self._child.writer.flush()
+        outcome: Outcome = pickle.load(self._child.reader)
         return outcome
 
     def close(self) -> int:
         """End the child, and the trial that may still be running. Returns its status, negative for a signal."""
-        status = self._process.poll()
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        for stream in (self._writer, self._reader, self._socket):
-            with suppress(OSError):  # what it could not be told any more
-                stream.close()
-        return self._process.wait() if status is None else status
+        return self._child.close()
 
 
 def _matmul_precision() -> str | None:

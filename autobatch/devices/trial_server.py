@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import socket
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from autobatch.child import die_with, pipe_from
 from autobatch.devices import process_memory
 
 if TYPE_CHECKING:
@@ -137,10 +137,8 @@ class _Progress:
 
 def main(descriptor: int, parent: int) -> None:
     """Serve trials on the socket `descriptor` until the other side, the process `parent`, closes it or ends."""
-    process_memory.die_with(parent)
-    connection = socket.socket(fileno=descriptor)
-    connection.set_inheritable(False)  # what a trial starts must not keep the conversation open
-    reader, writer = connection.makefile("rb"), connection.makefile("wb")
+    die_with(parent)
+    reader, writer = pipe_from(descriptor)
     settings: Settings = pickle.load(reader)
     step = _load(settings, reader, writer)
     if step is None:
@@ -163,8 +161,8 @@ def _load(settings: Settings, reader: BinaryIO, writer: BinaryIO) -> TrainingSte
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
     if settings.matmul_precision:
         torch.set_float32_matmul_precision(settings.matmul_precision)
-    from autobatch.devices import oom, ship  # noqa: F401  # imported here, so that no trial pays for it
-    from autobatch.workload import runner  # noqa: F401
+    from autobatch.devices import oom  # noqa: F401  # imported here, so that no trial pays for it
+    from autobatch.workload import runner, ship  # noqa: F401
 
     try:
         step: TrainingStep = ship.load(reader)
@@ -191,7 +189,7 @@ def _in_a_fork(step: TrainingStep, settings: Settings, request: Request) -> Outc
         try:
             os.close(read_end)
             os.dup2(output, 1), os.dup2(output, 2)
-            process_memory.die_with(server)
+            die_with(server)
             process_memory.be_killed_first()
             with open(write_end, "wb") as answer:
                 pickle.dump(_trial(step, settings, request), answer)

@@ -7,6 +7,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from autobatch.batches import map_arrays
 from autobatch.prediction.recorder import Recorder
 from autobatch.prediction.stand_in import DEVICE, Fakes, Spelled
 from autobatch.prediction.trace import Category, Phase, Trace
@@ -36,12 +38,15 @@ def trace_step(step: TrainingStep, sizes: Sequence[int], mode: FakeTensorMode) -
     recorder = Recorder(shadow)
     _see_what_is_there(recorder, shadow, optimizer)
     _as_on_cuda(optimizer)
+    # Made on the host and with real values, as training makes them.
+    batches = {n: map_arrays(partial(_on_host, mode), step.make_batch(n)) for n in sizes}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # tensors die when they are let go, not when the collector happens to run
     try:
         with Spelled(), mode, recorder, recorder.following_modules():
-            runner = StepRunner(replace(step, model=shadow, optimizer=optimizer), DEVICE)
+            fake_step = replace(step, model=shadow, optimizer=optimizer, make_batch=batches.__getitem__)
+            runner = StepRunner(fake_step, DEVICE)
 
             def on_phase(phase: str) -> None:
                 if phase == "optimizer":
@@ -56,6 +61,10 @@ def trace_step(step: TrainingStep, sizes: Sequence[int], mode: FakeTensorMode) -
     finally:
         if collecting:
             gc.enable()
+
+
+def _on_host(mode: FakeTensorMode, leaf: Any) -> Any:
+    return mode.from_tensor(leaf, static_shapes=True) if isinstance(leaf, Tensor) else leaf
 
 
 def _see_what_is_there(recorder: Recorder, shadow: nn.Module, optimizer: Optimizer) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import io
 import pickle
 import re
+from collections.abc import Collection
 from typing import Any, BinaryIO
 
 import cloudpickle
@@ -19,14 +20,18 @@ from torch.nn.utils import parametrize
 
 from autobatch.errors import WorkloadNotPortable
 
+_StorageId = tuple[int, int, "torch.dtype | None", bool]
+"""Its number, its bytes, its type where it has one, and whether its bytes are sent."""
+
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, without: Collection[int]) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        self._without = without
         self.storages: dict[int, torch.UntypedStorage] = {}
         self._numbers: dict[int, int] = {}
 
-    def persistent_id(self, obj: object) -> tuple[int, int, torch.dtype | None] | None:
+    def persistent_id(self, obj: object) -> _StorageId | None:
         """Name a storage by its number instead of pickling it."""
         if isinstance(obj, torch.storage.TypedStorage):
             storage, dtype = obj._untyped_storage, obj.dtype
@@ -36,7 +41,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return None
         number = self._numbers.setdefault(storage._cdata, len(self._numbers))
         self.storages[number] = storage  # held, so that its address is not given to another one
-        return number, storage.nbytes(), dtype
+        return number, storage.nbytes(), dtype, storage._cdata not in self._without
 
     def reducer_override(self, obj: Any) -> Any:
         # torch forbids pickling parametrized modules because their class is made at run time; it can be made again.
@@ -50,10 +55,10 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(stream)
         self.storages: dict[int, torch.UntypedStorage] = {}
 
-    def persistent_load(self, pid: tuple[int, int, torch.dtype | None]) -> object:
-        number, size, dtype = pid
+    def persistent_load(self, pid: _StorageId) -> object:
+        number, size, dtype, has_bytes = pid
         if number not in self.storages:
-            self.storages[number] = torch.UntypedStorage(size)
+            self.storages[number] = torch.UntypedStorage(size, device="cpu" if has_bytes else "meta")
         storage = self.storages[number]
         return (
             storage if dtype is None else torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
@@ -93,26 +98,28 @@ def _define_if_missing(error: Exception, operators: dict[str, list[str]]) -> boo
     return bool(schemas)
 
 
-def dump(obj: object, stream: BinaryIO) -> None:
+def dump(obj: object, stream: BinaryIO, without: Collection[int] = ()) -> None:
     """Write `obj` to `stream`, for `load` in another process.
+
+    Of the storages in `without` (their `_cdata`) only the size is sent: their tensors arrive on the meta device.
 
     Raises:
         WorkloadNotPortable: something in it cannot be pickled; nothing has been written then.
     """
     objects = io.BytesIO()
-    pickler = _Pickler(objects)
+    pickler = _Pickler(objects, without)
     try:
         pickler.dump(obj)
     except (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:
         raise WorkloadNotPortable(
-            f"the workload cannot be sent to the process that tries it on CPU memory: {error}. "
+            f"the workload cannot be sent to the process that runs it: {error}. "
             "Keep open files, locks, threads and generators out of the model, the data and the loss, "
             "or make them when they are first used."
         ) from error
     pickle.dump((objects.getbuffer().nbytes, _operators_defined_here()), stream)
     stream.write(objects.getbuffer())
     for storage in pickler.storages.values():
-        if storage.nbytes():
+        if storage.nbytes() and storage._cdata not in without:
             on_host = storage.cpu()  # held while it is written: a copy, where it was on another device
             stream.write(_memory_of(on_host))
     stream.flush()
@@ -131,7 +138,7 @@ def load(stream: BinaryIO) -> Any:
             if not _define_if_missing(error, operators):
                 raise
     for _, storage in sorted(unpickler.storages.items()):
-        if storage.nbytes():
+        if storage.nbytes() and storage.device.type != "meta":
             view, done = _memory_of(storage), 0
             while done < len(view):
                 count = stream.readinto(view[done:])  # type: ignore[attr-defined]
