@@ -20,6 +20,7 @@ from autobatch.prediction.stand_in import NAME
 from autobatch.prediction.trace import Category, Phase, Site, Trace
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_CAST = torch.ops.aten._to_copy.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
@@ -42,15 +43,20 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ITEM and self.phase is Phase.OPTIMIZER:
             return 1  # a step count: no bytes depend on it
-        if func is torch.ops.aten._to_copy.default and isinstance(args[0], FakeTensor):
+        if func is _CAST and isinstance(args[0], FakeTensor):
             args[0].constant = None  # its value is known on the host, and would be moved by kernels that are not there
         if self.phase is Phase.FORWARD:
             self._module_of_node[torch._C._autograd._get_sequence_nr()] = self._module
         result = func(*args, **(kwargs or {}))
+        category = Category.CAST_COPY if func is _CAST and self._is_parameter(args[0]) else None
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self.see(leaf, str(func))
+                self.see(leaf, str(func), category)
         return result
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        number = self._alive.get(tensor.untyped_storage()._cdata)
+        return number is not None and self._categories.get(number) is Category.PARAMETER
 
     def see(self, tensor: Tensor, operator: str, category: Category | None = None) -> None:
         """Note the storage of a tensor, if it is a new one on the device."""

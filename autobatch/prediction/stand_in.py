@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 
+from autobatch.prediction import autocast
+
 NAME = "sim"
 DEVICE = f"{NAME}:0"
 
@@ -29,6 +31,7 @@ class _Module(backend_registration._DummyBackendModule):
 def make() -> FakeTensorMode:
     """Make the device, and the mode under which its tensors are made and used."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+    autocast.install(NAME)
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
