@@ -38,18 +38,22 @@ class Child:
         )
         theirs.close()
         self._socket = ours
+        self._status: int | None = None
         self.reader: BinaryIO = ours.makefile("rb")
         self.writer: BinaryIO = ours.makefile("wb")
 
     def close(self) -> int:
         """End the child, and what it has started. Returns its status, negative for a signal."""
+        if self._status is not None:
+            return self._status  # its number may be another process's by now
         status = self._process.poll()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         for stream in (self.writer, self.reader, self._socket):
             with suppress(OSError):  # what it could not be told any more
                 stream.close()
-        return self._process.wait() if status is None else status
+        self._status = self._process.wait() if status is None else status
+        return self._status
 
 
 def die_with(parent: int) -> None:

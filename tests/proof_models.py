@@ -1,7 +1,8 @@
 """Three small models for test_proof.py, and a process that does nothing but train one of them under a limit.
 
-Their activations are larger than 32 MiB each at the sizes in question. Smaller blocks come from glibc's heap, and then
-the same steps peak up to a tenth apart from one process to the next, so that nobody could say where the edge is.
+Most of their activations are larger than 32 MiB at the sizes in question (the transformer's are 20 and 80 MiB). Smaller
+blocks come from glibc's heap, and then the same steps peak up to a tenth apart from one process to the next, so that
+nobody could say where the edge is.
 """
 
 import resource

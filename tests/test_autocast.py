@@ -53,6 +53,23 @@ for precision, casts_before in (("fp16", False), ("bf16", True)):
     )
 
 
+def test_a_dtype_that_was_asked_for_is_kept():
+    in_its_own_process(
+        SITES
+        + """
+class Asks(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        both = torch.softmax(y, -1, dtype=torch.float64) + y.softmax(-1, torch.float64)
+        return both + y.sum(-1, True, dtype=torch.float64)
+
+trace = step_of(Asks(64, 64), "bf16")
+assert set(made(trace, "aten._softmax.default")) == {16 * 64 * 8}
+assert 16 * 8 in made(trace, "aten.sum.dim_IntList")
+"""
+    )
+
+
 def test_operators_inside_composites_follow_the_lists_too():
     in_its_own_process(
         SITES

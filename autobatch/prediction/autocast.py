@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, fallthrough_kernel
 from torch.utils._pytree import tree_map
 
 LOWER_PRECISION = """
@@ -38,7 +39,7 @@ addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot s
 """.split()  # noqa: SIM905
 
 _KEYS = torch._C.DispatchKeySet(torch._C._parse_dispatch_key("AutocastPrivateUse1"))  # type: ignore[arg-type]
-_libraries: list[torch.library.Library] = []
+_libraries: list[Library] = []
 """Held, as what a library registers ends with it."""
 _copies: dict[int, tuple[Tensor, Tensor]] = {}
 """Low-precision copies of weights, with the weights, until the outermost autocast ends."""
@@ -46,9 +47,9 @@ _copies: dict[int, tuple[Tensor, Tensor]] = {}
 
 def install(device: str) -> None:
     """Register the rules for tensors on the stand-in device of that name. Once in a process, for good."""
-    fallback = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-    fallback.fallback(torch.library.fallthrough_kernel)
-    aten = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+    fallback = Library("_", "IMPL", "AutocastPrivateUse1")
+    fallback.fallback(fallthrough_kernel)
+    aten = Library("aten", "IMPL", "AutocastPrivateUse1")
     _libraries.extend((fallback, aten))
 
     def low(tensor: Tensor) -> Tensor:
@@ -74,11 +75,11 @@ def install(device: str) -> None:
         return cast_to(_single if single else low)(operator, args, kwargs)
 
     def result(operator: Any, args: Any, kwargs: Any) -> Any:
-        if not _eligible(args[0], device) or kwargs.get("dtype") is not None or args[0].dtype == torch.float32:
+        if not _eligible(args[0], device) or _asked_dtype(operator, args, kwargs) or args[0].dtype == torch.float32:
             return operator(*args, **kwargs)
         if operator in _SOFTMAX and args[0].dtype == torch.float16:  # one kernel, without a copy of the input
             return _SOFTMAX[operator](args[0], args[1] % args[0].ndim, True)
-        return operator(*args[: _positional(operator)], **kwargs, dtype=torch.float32)
+        return operator(*args[: _place_of_dtype(operator)], **{**kwargs, "dtype": torch.float32})
 
     register(LOWER_PRECISION, cast_to(low))
     register(SINGLE_PRECISION, cast_to(_single))
@@ -107,10 +108,16 @@ def _ruled(operator: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-def _positional(operator: Any) -> int:
+def _place_of_dtype(operator: Any) -> int:
     """How many arguments come before `dtype`, which some operators take by position."""
-    names = [argument.name for argument in operator._schema.arguments]
-    return names.index("dtype") if "dtype" in names else len(names)
+    return [argument.name for argument in operator._schema.arguments].index("dtype")
+
+
+def _asked_dtype(operator: Any, args: Any, kwargs: Any) -> torch.dtype | None:
+    """The dtype that the caller asked for, which autocast leaves alone."""
+    place = _place_of_dtype(operator)
+    asked: torch.dtype | None = args[place] if len(args) > place else kwargs.get("dtype")
+    return asked
 
 
 def _eligible(value: Any, device: str) -> bool:

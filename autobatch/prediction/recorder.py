@@ -41,13 +41,14 @@ class Recorder(TorchDispatchMode):
         self._module_of_node: dict[int, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is _ITEM and self.phase is Phase.OPTIMIZER:
             return 1  # a step count: no bytes depend on it
-        if func is _CAST and isinstance(args[0], FakeTensor):
+        if func is _CAST and isinstance(args[0], FakeTensor) and _is_on_device(kwargs.get("device")):
             args[0].constant = None  # its value is known on the host, and would be moved by kernels that are not there
         if self.phase is Phase.FORWARD:
             self._module_of_node[torch._C._autograd._get_sequence_nr()] = self._module
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         category = Category.CAST_COPY if func is _CAST and self._is_parameter(args[0]) else None
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -125,6 +126,10 @@ class Recorder(TorchDispatchMode):
 
     def _died(self, address: int) -> None:
         self.events.append(~self._alive.pop(address))
+
+
+def _is_on_device(device: Any) -> bool:
+    return device is not None and torch.device(device).type == NAME
 
 
 def _line() -> str:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import cloudpickle
 import torch
-from torch import nn
+from torch import library, nn
 from torch.nn.utils import parametrize
 
 from autobatch.errors import WorkloadNotPortable
@@ -80,7 +80,7 @@ def _memory_of(storage: torch.UntypedStorage) -> memoryview:
 
 def _operators_defined_here() -> dict[str, list[str]]:
     """Name and schemas of the operators that this process defined with torch.library, beside torch's own."""
-    defined = {name.partition(".")[0] for name in getattr(torch.library, "_defs", ())}  # not a public name
+    defined = {name.partition(".")[0] for name in getattr(library, "_defs", ())}  # not a public name
     names = [name for name in defined if name.partition("::")[0] not in ("aten", "prims")]
     return {name: [str(schema) for schema in torch._C._jit_get_schemas_for_operator(name)] for name in names}
 
@@ -94,7 +94,7 @@ def _define_if_missing(error: Exception, operators: dict[str, list[str]]) -> boo
     schemas = operators.pop(missing[1], []) if missing else []
     for schema in schemas:
         name, signature = schema.split("(", 1)
-        torch.library.define(name, f"({signature}")
+        library.define(name, f"({signature}")
     return bool(schemas)
 
 
