@@ -40,6 +40,18 @@ def arrays(batch: Any) -> Iterator[Any]:
     return (node for _, node in _walk(batch) if is_array(node))
 
 
+def named_arrays(batch: Any) -> Iterator[tuple[Path, Any]]:
+    """Every array of the nest with the keys that lead to it, in order; `at` finds it again."""
+    return ((path, node) for path, node in _walk(batch) if is_array(node))
+
+
+def at(batch: Any, path: Path) -> Any:
+    """What stands there in a nest."""
+    for key in path:
+        batch = batch[key] if isinstance(batch, Mapping) or _is_sequence(batch) else getattr(batch, key)
+    return batch
+
+
 def is_array(value: Any) -> bool:
     """Whether this is a tensor or a numpy array."""
     return (
@@ -135,16 +147,20 @@ def _name(path: Path) -> str:
 def grow(batch: Any, layout: Layout, n: int) -> Any:
     """A new batch of `n` samples, made by cycling through the samples of `batch`. Shares no memory with it where it has
     samples."""
-    index = [i % layout.size for i in range(n)]
+    return take(batch, layout, [i % layout.size for i in range(n)])
 
-    def take(path: Path, node: Any) -> Any:
+
+def take(batch: Any, layout: Layout, index: list[int]) -> Any:
+    """A new batch of these samples of `batch`, copied."""
+
+    def taken(path: Path, node: Any) -> Any:
         if path not in layout.cuts:
             return _DESCEND
         if is_array(node):
             return node[(slice(None),) * layout.cuts[path] + (index,)]
         return type(node)([node[i] for i in index])
 
-    return _rebuild(batch, take)
+    return _rebuild(batch, taken)
 
 
 def split(batch: Any, sizes: Sequence[int], layout: Layout | None = None) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +22,13 @@ from autobatch.precision import Precision
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from torch import nn
+    from torch.amp import GradScaler
+    from torch.optim import Optimizer
+
+    from autobatch.batches import Layout
+    from autobatch.training import Stepper
+    from autobatch.training.reduction import Given
 
 SCHEMA_VERSION = 1
 
@@ -295,21 +302,76 @@ class TrainingPlan(_Data):
         """
         from autobatch import batches
 
-        sizes = self.micro_batch_sizes
-        total = self.target_batch_size / self.world_size
-        layout = batches.layout_like(batch, self.batch_dims) if samples is None else None
-        layout = layout or batches.find_layout(batch, expected=samples or sum(sizes))
-        if layout.size > sum(sizes):
-            raise InvalidInput(
-                f"the batch has {layout.size} samples, more than the {sum(sizes)} of one optimizer step"
-                + (f" on rank {self.rank} of {self.world_size}" if self.world_size > 1 else "")
-                + f": {batches.describe(batch)}. Have the loader make batches of {sum(sizes)}."
-            )
+        layout = self.layout_of(batch, samples)
+        sizes, total = self.micro_batch_sizes, self.target_batch_size / self.world_size
         if layout.size < sum(sizes):
             sizes = micro_batches(layout.size, self.max_micro_batch_size, self.min_micro_batch_size)
             total = layout.size
         for micro, size in zip(batches.split(batch, sizes, layout), sizes, strict=True):
             yield micro, size / total
+
+    def layout_of(self, batch: Any, samples: int | None = None) -> Layout:
+        """Where the samples of one of this rank's batches are, and how many; arguments and errors as for `split`."""
+        from autobatch import batches
+
+        share = sum(self.micro_batch_sizes)
+        layout = batches.layout_like(batch, self.batch_dims) if samples is None else None
+        layout = layout or batches.find_layout(batch, expected=samples or share)
+        if layout.size > share:
+            raise InvalidInput(
+                f"the batch has {layout.size} samples, more than the {share} of one optimizer step"
+                + (f" on rank {self.rank} of {self.world_size}" if self.world_size > 1 else "")
+                + f": {batches.describe(batch)}. Have the loader make batches of {share}."
+            )
+        return layout
+
+    def stepper(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        loss: Callable[..., Any] | None = None,
+        training_step: Callable[..., Any] | None = None,
+        reduction: Given | None = None,
+        scheduler: Any = None,
+        scaler: GradScaler | None = None,
+        clip_grad_norm: float | None = None,
+        recover: bool = True,
+    ) -> Stepper:
+        """What trains with this plan: each `stepper.step(batch)` is one optimizer step with the whole batch's gradient.
+
+        Args:
+            model: the model, on its device; with several ranks wrapped in DistributedDataParallel or `fully_shard`.
+            optimizer: stepped once for all micro-batches.
+            loss: `loss(output, target)`, giving a scalar.
+            training_step: `training_step(model, batch)`, giving that scalar; instead of `loss`. Without either, the
+                model's own loss is taken.
+            reduction: what the loss is: "mean" over samples, "sum", or a callable(batch) that counts what it is a mean
+                over, such as `lambda batch: (batch["labels"] != -100).sum()`. None: known for torch's own losses, else
+                found out by running it on three samples, without gradients and in evaluation mode.
+            scheduler: stepped after each optimizer step that was taken.
+            scaler: for gradients in fp16. None: one is made where the plan's precision is "fp16".
+            clip_grad_norm: the largest norm of the gradients, over all parameters; `math.inf` only measures it.
+            recover: where memory runs out, undo the step and run it again in smaller micro-batches. On several ranks
+                gradients then travel after the last backward pass instead of during it; not for `fully_shard`.
+
+        Raises:
+            InvalidInput: an argument cannot be used, or contradicts another or the plan.
+        """
+        from autobatch.training import Stepper
+
+        return Stepper(
+            self,
+            model,
+            optimizer,
+            loss=loss,
+            training_step=training_step,
+            reduction=reduction,
+            scheduler=scheduler,
+            scaler=scaler,
+            clip_grad_norm=clip_grad_norm,
+            recover=recover,
+        )
 
     def scaled_lr(self, base_lr: float, base_batch: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
         """A learning rate for this target, from one that worked at `base_batch` samples.

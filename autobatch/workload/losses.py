@@ -130,4 +130,4 @@ def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 
 def _is_loss(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad
+    return isinstance(value, Tensor) and value.ndim == 0 and (value.requires_grad or not torch.is_grad_enabled())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from autobatch.batches import map_arrays
 from autobatch.errors import InvalidInput
+from autobatch.precision import Precision
 from autobatch.workload.step import AUTOCAST_DTYPES, TrainingStep, require_trainable
 
 OnPhase = Callable[[str], None]
@@ -46,9 +48,9 @@ class StepRunner:
         total = torch.zeros((), device=self.device)
         for size in sizes:
             on_phase("batch")
-            batch = self._to_device(self.step.make_batch(size))
+            batch = on_device(self.step.make_batch(size), self.device)
             on_phase("forward")
-            with self._autocast():
+            with autocast(self.step.precision, self.device):
                 loss = self.step.compute_loss(self.step.model, batch)
             loss = check_loss(loss).reshape(()) * (size / sum(sizes))
             total += loss.detach()
@@ -64,12 +66,20 @@ class StepRunner:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _to_device(self, batch: object) -> object:
-        return map_arrays(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = AUTOCAST_DTYPES.get(self.step.precision)
-        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors there; from pinned memory they travel while the host goes on."""
+
+    def moved(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
+
+    return map_arrays(moved, batch)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Where the forward pass runs."""
+    dtype = AUTOCAST_DTYPES.get(precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
 def gradient_bytes(model: nn.Module) -> int:

@@ -1,0 +1,296 @@
+"""Optimizer steps by a plan: batches cut into micro-batches that fit, with exactly the gradient of the whole."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import resource
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from autobatch.devices import oom
+from autobatch.errors import InvalidInput, NothingFits, RankFailed
+from autobatch.plan import TrainingPlan
+from autobatch.training.evidence import Evidence
+from autobatch.training.loss import TrainingLoss, training_loss
+from autobatch.training.passes import MicroBatch, Passes
+from autobatch.training.reduction import Given, given
+from autobatch.training.results import Shrunk, StepResult
+from autobatch.training.sync import sync_of
+from autobatch.training.undo import StepStart
+from autobatch.training.window import Cutter, Window, sizes_for
+from autobatch.units import format_bytes
+from autobatch.workload.runner import autocast, on_device
+
+_log = logging.getLogger("autobatch")
+
+
+class Stepper:
+    """Runs optimizer steps; made by `TrainingPlan.stepper`, which explains the arguments."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        loss: Callable[..., Any] | None = None,
+        training_step: Callable[..., Any] | None = None,
+        reduction: Given | None = None,
+        scheduler: Any = None,
+        scaler: torch.amp.GradScaler | None = None,
+        clip_grad_norm: float | None = None,
+        recover: bool = True,
+    ) -> None:
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise InvalidInput(f"clip_grad_norm must be above 0, but is {clip_grad_norm!r}.")
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise InvalidInput(
+                "ReduceLROnPlateau is stepped with a metric, once an epoch. Do that yourself, and pass no scheduler."
+            )
+        self._plan = plan
+        self._model = model
+        self._optimizer = optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._device = self._parameters[0].device
+        self._loss = (loss, training_step)
+        self._told = None if reduction is None else given(reduction)
+        self._scheduler = scheduler
+        fp16 = plan.precision == "fp16"
+        self._scaler = torch.amp.GradScaler(self._device.type) if scaler is None and fp16 else scaler
+        self._clip = clip_grad_norm
+        self._sync = sync_of(model, plan.world_size, recover)
+        self._start = StepStart(self._sync.inner, self._device) if recover and self._sync.recovers else None
+        self._parts: tuple[Cutter, Passes] | None = None
+        self._largest = max(plan.micro_batch_sizes)
+        self.steps = 0
+        """Optimizer steps so far."""
+        self.events: list[Shrunk] = []
+        """Every time that training ran out of memory."""
+
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """This rank's micro-batches of a full optimizer step, as they are run now."""
+        return sizes_for(self._plan, sum(self._plan.micro_batch_sizes), self._largest)
+
+    def step(self, batch: Any) -> StepResult:
+        """Do one optimizer step with this rank's share of the target, or with a loader's smaller last batch.
+
+        Gradients are None before and after it. Where memory runs out, everything is put back as the step found it, and
+        it is run again in smaller micro-batches, on all ranks.
+
+        Raises:
+            InvalidInput: the batch cannot be cut, or has more samples than the plan's share.
+            NothingFits: memory runs out with the smallest micro-batches, too.
+            RankFailed: another rank failed, or is missing.
+            Exception: whatever the model's own code raises.
+        """
+        with self._failing_together():
+            layout = self._plan.layout_of(batch)
+            cutter, passes = self._parts_for(batch)
+            self._optimizer.zero_grad(set_to_none=True)
+            if self._start is not None:
+                self._start.keep()
+            window = cutter.cut(batch, layout, self._largest)
+        if self._start is None:
+            return self._finish(passes.run(window), window)
+        while True:
+            with self._failing_together():
+                outcome = self._attempt(passes, window)
+            shrunk = self._shrunk(outcome, window)
+            if isinstance(outcome, Tensor) and not shrunk:
+                return self._finish(outcome, window)
+            with self._failing_together():
+                window = cutter.cut(batch, layout, self._largest)
+
+    def accumulate(self, loader: Iterable[Any]) -> Iterator[MicroBatch]:
+        """Train on a loader that yields micro-batches already: as many as make up the target are one optimizer step.
+
+        They are looked at ahead, as what all of them count has to be known before the first goes backward.
+
+        Yields:
+            Each micro-batch in turn; call `backward` of it.
+
+        Raises:
+            InvalidInput: micro-batches do not add up to this rank's share of the target, or `backward` was not called.
+        """
+        share = sum(self._plan.micro_batch_sizes)
+        micros: list[Any] = []
+        samples = 0
+        for micro in loader:
+            size = self._plan.layout_of(micro).size
+            if samples + size > share:
+                raise InvalidInput(
+                    f"micro-batches do not add up to the {share} samples of one optimizer step: {samples} are there, "
+                    f"and {size} come next. Have the loader yield the one size of plan.uniform()."
+                )
+            micros.append(micro)
+            samples += size
+            if samples == share:
+                yield from self._through(micros)
+                micros, samples = [], 0
+        if micros:
+            yield from self._through(micros)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on from a checkpoint: steps, the size of micro-batches, events, the scaler. Model, optimizer and
+        scheduler have states of their own."""
+        return {
+            "steps": self.steps,
+            "largest": self._largest,
+            "events": [asdict(event) for event in self.events],
+            "scaler": self._scaler.state_dict() if self._scaler else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. Micro-batches are never larger than this plan's own.
+
+        Raises:
+            InvalidInput: it is no such state.
+        """
+        try:
+            steps, largest = int(state["steps"]), int(state["largest"])
+            events = [Shrunk(**event) for event in state["events"]]
+            scaler = state["scaler"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"this is no state of a stepper: {error!r}. Pass what state_dict() gave.") from error
+        if self._scaler and scaler:
+            self._scaler.load_state_dict(scaler)
+        self.steps, self.events = steps, events
+        self._largest = min(largest, max(self._plan.micro_batch_sizes))
+
+    def _parts_for(self, batch: Any) -> tuple[Cutter, Passes]:
+        """What cuts batches and runs them: made when the first batch shows what it is made of."""
+        if self._parts is None:
+            found = training_loss(self._sync.inner, batch, *self._loss)
+            context = partial(autocast, self._plan.precision, self._device)
+            run = partial(_loss_there, found, self._device)
+            reduction = self._told or found.reduction or Evidence(run, self._sync.inner, context, self._sync.gather)
+            self._parts = (
+                Cutter(self._plan, self._sync, reduction),
+                Passes(self._model, found.compute, self._plan.precision, self._device, self._scaler, self._sync),
+            )
+        return self._parts
+
+    def _attempt(self, passes: Passes, window: Window) -> Tensor | oom.Diagnosis:
+        """This rank's part of the loss, or why memory ran out; then nothing of what failed is held."""
+        outside = sys.exc_info()[1]
+        try:
+            return passes.run(window)
+        except Exception as error:
+            diagnosis = oom.classify(error, cpu_limited=_is_limited(), outside=outside)
+            if diagnosis is None or not diagnosis.is_memory:
+                raise
+            for link in oom.chain(error, outside):
+                traceback.clear_frames(link.__traceback__)
+            return diagnosis
+
+    def _shrunk(self, outcome: Tensor | oom.Diagnosis, window: Window) -> bool:
+        """Whether some rank ran out, so that all have undone the step, and go on with smaller micro-batches.
+
+        Raises:
+            NothingFits: there are none.
+        """
+        rows = self._sync.meet([float(not isinstance(outcome, Tensor)), max(window.samples, default=0)])
+        losers = [rank for rank, row in enumerate(rows) if row[0]]
+        if not losers:
+            return False
+        self._undo()
+        message = self._sync.gather("" if isinstance(outcome, Tensor) else _in_words(outcome))[losers[0]]
+        size, smallest = int(max(rows[rank][1] for rank in losers)), self._plan.min_micro_batch_size
+        if size <= smallest:
+            raise NothingFits(
+                f"memory ran out in optimizer step {self.steps} with micro-batches of {size} "
+                f"sample{'s' if size > 1 else ''}, the smallest there are: {message}. The step was undone. Free memory "
+                "on the device, or make a plan with more head-room.",
+                needed_bytes=None,
+                budget_bytes=self._plan.budget_bytes,
+            )
+        self._largest = max(smallest, size * 4 // 5)
+        event = Shrunk(self.steps, size, self._largest, losers[0], message)
+        self.events.append(event)
+        _log.warning(
+            "Memory ran out in optimizer step %d%s with micro-batches of %d samples. The step was undone; it is run "
+            "again, and training goes on, with at most %d. (%s)",
+            event.step,
+            f" on rank {event.rank}" if len(rows) > 1 else "",
+            event.from_size,
+            event.to_size,
+            message,
+        )
+        return True
+
+    def _undo(self) -> None:
+        assert self._start is not None
+        self._optimizer.zero_grad(set_to_none=True)
+        self._start.restore()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _finish(self, loss: Tensor, window: Window) -> StepResult:
+        """Everything after the last backward pass."""
+        self._sync.gradients()
+        self._sync.statistics(window.share)
+        norm = None
+        if self._clip is not None:
+            if self._scaler:
+                self._scaler.unscale_(self._optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        skipped = False
+        if self._scaler:
+            scale = self._scaler.get_scale()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            skipped = self._scaler.get_scale() < scale
+        else:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._scheduler is not None and not skipped:
+            self._scheduler.step()
+        self.steps += 1
+        return StepResult(self._sync.mean(loss), norm, skipped, sum(window.samples), len(window.micros))
+
+    def _through(self, micros: list[Any]) -> Iterator[MicroBatch]:
+        """The micro-batches of one optimizer step, which ends with the last."""
+        with self._failing_together():
+            cutter, passes = self._parts_for(micros[0])
+            window = cutter.gathered(micros)
+        self._optimizer.zero_grad(set_to_none=True)
+        yield from passes.in_turn(window, self._finish)
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Tell the other ranks, who wait for this one, when it fails."""
+        try:
+            yield
+        except RankFailed:
+            raise
+        except Exception as error:
+            self._sync.meet([], f"{type(error).__name__}: {error}")
+            raise
+
+
+def _loss_there(loss: TrainingLoss, device: torch.device, model: nn.Module, micro: Any) -> Tensor:
+    return loss.compute(model, on_device(micro, device))
+
+
+def _in_words(ran_out: oom.Diagnosis) -> str:
+    asked = ran_out.requested_bytes
+    return ran_out.message if asked is None else f"could not allocate {format_bytes(asked)}"
+
+
+def _is_limited() -> bool:
+    """Whether this process may only take so much of the host's memory."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)

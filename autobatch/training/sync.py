@@ -1,0 +1,267 @@
+"""What the ranks that train together tell each other in an optimizer step: counts, failures, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
+
+from autobatch import ranks
+from autobatch.errors import InvalidInput
+
+BUCKET_BYTES = 25 * 1024**2
+"""Gradients that travel together: as many as in a bucket of DistributedDataParallel (its `bucket_cap_mb`)."""
+
+
+class Sync(Protocol):
+    """How the ranks of a step keep together. All methods but `passing` are collectives."""
+
+    world_size: int
+    inner: nn.Module
+    """The model that can run on one rank alone, or without its gradients being synchronised."""
+    recovers: bool
+    """Whether one rank may run its micro-batches again without the others having to know before the end."""
+    equal_passes: bool
+    """Whether every rank has to run as many micro-batches as any other."""
+
+    def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:
+        """Every rank's numbers (three at most), by rank.
+
+        Raises:
+            RankFailed: another rank failed, or is missing.
+        """
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value."""
+        ...
+
+    def passing(self, last: bool) -> AbstractContextManager[object]:
+        """Where a micro-batch goes forward and backward."""
+        ...
+
+    def gradients(self) -> None:
+        """Have every rank's gradients be the mean over all ranks, where the backward passes have not done that."""
+        ...
+
+    def statistics(self, share: float) -> None:
+        """Have every rank's buffers be those of the whole batch, of which this rank had that share."""
+        ...
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    world_size = 1
+    recovers = True
+    equal_passes = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inner = model
+
+    def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:
+        return [list(numbers)]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def passing(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def gradients(self) -> None: ...
+
+    def statistics(self, share: float) -> None: ...
+
+    def mean(self, value: Tensor) -> Tensor:
+        return value
+
+
+class _Ranks:
+    """Ranks that tell each other things beside the gradients."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._talk = ranks.talking(group)
+        self.world_size = dist.get_world_size(group)
+
+    def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:
+        return self._talk.meet(numbers, failure)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._talk.gather(value)
+
+    def mean(self, value: Tensor) -> Tensor:
+        value = value / self.world_size
+        dist.all_reduce(value, group=self._group)
+        return value
+
+
+class DataParallel(_Ranks):
+    """DistributedDataParallel. To be able to run a step again on all ranks after one ran out of memory, no rank may
+    wait for another within a backward pass: gradients are accumulated apart and averaged after the last one."""
+
+    equal_passes = False
+
+    def __init__(self, model: DistributedDataParallel, recovers: bool) -> None:
+        super().__init__(model.process_group)
+        self._model = model
+        self.inner = model.module
+        # Such models have communication of their own, which runs in the last backward pass.
+        self.recovers = recovers and not model._comm_hooks and not model.static_graph
+        names = model.parameters_to_ignore
+        self._parameters = [p for n, p in self.inner.named_parameters() if n not in names and p.requires_grad]
+
+    def passing(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext() if last and not self.recovers else self._model.no_sync()
+
+    def gradients(self) -> None:
+        if self.recovers:
+            self._fill_in()
+            _all_reduce([p.grad for p in self._parameters if p.grad is not None], self._group, self.world_size)
+
+    def _fill_in(self) -> None:
+        """Where a parameter was used on some ranks only, the others have gradients of zero."""
+        have = [p.grad is not None for p in self._parameters]
+        if not any(row[0] for row in self.meet([float(not all(have))])):
+            return
+        on_any = [any(column) for column in zip(*self.gather(have), strict=True)]
+        for parameter, needed in zip(self._parameters, on_any, strict=True):
+            if needed and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def statistics(self, share: float) -> None:
+        if not self._model.broadcast_buffers:
+            return
+        means: list[Tensor] = []
+        for module in self.inner.modules():
+            if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
+                means += [t for t in (module.running_mean, module.running_var) if t is not None]
+        if means:
+            torch._foreach_mul_(means, share)
+        _all_reduce(means, self._group, 1)
+        averaged = {id(tensor) for tensor in means}
+        _broadcast([b for b in self.inner.buffers() if id(b) not in averaged], self._group)
+
+
+class FullySharded(_Ranks):
+    """`fully_shard` (FSDP2): ranks gather parameters in every pass, so all run as many, or none."""
+
+    recovers = False
+    equal_passes = True
+
+    def __init__(self, model: Any, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.inner = model
+        self._model = model
+
+    @contextmanager
+    def passing(self, last: bool) -> Iterator[None]:
+        self._model.set_requires_gradient_sync(last)
+        try:
+            yield
+        finally:
+            self._model.set_requires_gradient_sync(True)
+
+    def gradients(self) -> None: ...
+
+    def statistics(self, share: float) -> None: ...
+
+
+def sync_of(model: nn.Module, world_size: int, recover: bool) -> Sync:
+    """How the ranks that share a plan keep together, by what the model is wrapped in.
+
+    Raises:
+        InvalidInput: the model is not wrapped for as many ranks as the plan has.
+    """
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    model = getattr(model, "_orig_mod", model)
+    found: Sync
+    if isinstance(model, DistributedDataParallel):
+        found = DataParallel(model, recover)
+    elif isinstance(model, FSDPModule):
+        found = FullySharded(model, _mesh_group(model))
+    elif isinstance(model, (FullyShardedDataParallel, nn.DataParallel)):
+        raise InvalidInput(
+            f"gradients cannot be accumulated exactly in {type(model).__name__}. Use DistributedDataParallel, or "
+            "torch.distributed.fsdp.fully_shard."
+        )
+    else:
+        found = Alone(model)
+    if found.world_size != world_size:
+        raise InvalidInput(
+            f"the plan shares its target over {world_size} ranks, but the model is trained by {found.world_size}. "
+            + (
+                "Wrap it in DistributedDataParallel or fully_shard on every rank, and use plan.for_rank(rank)."
+                if isinstance(found, Alone)
+                else "Make the plan with the ranks that train: fit(..., world_size=...)."
+            )
+        )
+    return found
+
+
+def _mesh_group(model: Any) -> dist.ProcessGroup:
+    """The group over whose ranks a sharded model's batches are spread."""
+    from torch.distributed.tensor import DTensor
+
+    mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    if mesh.ndim > 1:
+        raise InvalidInput(
+            f"the model is sharded over a mesh of {mesh.ndim} dimensions; accumulation works with one of data-parallel "
+            "ranks."
+        )
+    group: dist.ProcessGroup = mesh.get_group()
+    return group
+
+
+def _all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup, divisor: int) -> None:
+    """Sum tensors over the ranks, in place, and divide them; in buckets, of which the next fills while one travels."""
+    travelling: list[tuple[Any, Tensor, list[Tensor]]] = []
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        if divisor > 1:
+            flat /= divisor  # first, so that sums of half precision do not overflow, as in DistributedDataParallel
+        travelling.append((dist.all_reduce(flat, group=group, async_op=True), flat, bucket))
+        if len(travelling) > 1:
+            _arrive(*travelling.pop(0))
+    for one in travelling:
+        _arrive(*one)
+
+
+def _broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Give all ranks the first one's tensors."""
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        work = dist.broadcast(flat, dist.get_global_rank(group, 0), group=group, async_op=True)
+        _arrive(work, flat, bucket)
+
+
+def _arrive(work: Any, flat: Tensor, bucket: list[Tensor]) -> None:
+    work.wait()
+    parts = flat.split([tensor.numel() for tensor in bucket])
+    torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one kind each, up to BUCKET_BYTES together."""
+    open_buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+    for tensor in tensors:
+        kind = (tensor.device, tensor.dtype)
+        open_buckets.setdefault(kind, []).append(tensor)
+        sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
+        if sizes[kind] >= BUCKET_BYTES:
+            yield open_buckets.pop(kind)
+            del sizes[kind]
+    yield from open_buckets.values()
