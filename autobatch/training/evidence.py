@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autobatch import batches
 from autobatch.training.reduction import SAMPLES, SUM, Reduction
-from autobatch.workload.state import preserved
+from autobatch.training.undo import StepStart
 
 IGNORED = -100
 """The label that PyTorch's and Hugging Face's losses ignore by default."""
@@ -38,6 +38,8 @@ class Evidence:
     model: nn.Module
     context: Callable[[], AbstractContextManager[object]]
     """Where a forward pass runs: autocast, or nothing."""
+    start: StepStart
+    """Puts back what a forward pass changes."""
     gather: Callable[[Any], list[Any]]
     """Gives every rank's value: ranks look together, and see the same."""
     candidates: list[Reduction] | None = None
@@ -81,17 +83,22 @@ class Evidence:
 
     def _losses(self, parts: list[Any]) -> tuple[list[float], str]:
         """The losses of these parts of a batch, or nothing and why."""
-        with preserved(self.model, self.compute_loss, tensors=False), torch.no_grad():
+        flags = [(module, module.training) for module in self.model.modules()]
+        self.start.keep()
+        try:
             self.model.eval()
             losses = []
-            try:
-                for part in parts:
-                    with self.context():
-                        losses.append(float(self.compute_loss(self.model, part)))
-            except Exception as error:  # noqa: BLE001  # a training step may raise anything in evaluation mode: it is told
-                nothing = [math.nan] * len(parts)
-                return nothing, f"it could not be run in evaluation mode to find out ({type(error).__name__}: {error})"
+            for part in parts:
+                with torch.no_grad(), self.context():
+                    losses.append(float(self.compute_loss(self.model, part)))
             return losses, ""
+        except Exception as error:  # noqa: BLE001  # a training step may raise anything in evaluation mode: it is told
+            nothing = [math.nan] * len(parts)
+            return nothing, f"it could not be run in evaluation mode to find out ({type(error).__name__}: {error})"
+        finally:
+            self.start.restore()
+            for module, training in flags:
+                module.training = training
 
 
 def _foretold(one: Reduction, parts: Sequence[tuple[Any, int]], losses: Sequence[float]) -> float:

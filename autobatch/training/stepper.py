@@ -175,7 +175,9 @@ class Stepper:
             found = training_loss(self._sync.inner, batch, *self._loss)
             context = partial(autocast, self._plan.precision, self._device)
             run = partial(_loss_there, found, self._device)
-            reduction = self._told or found.reduction or Evidence(run, self._sync.inner, context, self._sync.gather)
+            start = StepStart(self._sync.inner, self._device)
+            evidence = Evidence(run, self._sync.inner, context, start, self._sync.gather)
+            reduction = self._told or found.reduction or evidence
             self._parts = (
                 Cutter(self._plan, self._sync, reduction),
                 Passes(self._model, found.compute, self._plan.precision, self._device, self._scaler, self._sync),

@@ -1,0 +1,114 @@
+"""What `stepper.step` costs beside the same loop written by hand, as a ratio of times measured in turns in one run.
+
+    python -m benchmarks.stepper [--rounds 40]
+
+A small transformer, eight micro-batches, AdamW and clipping. The loop by hand knows how its loss adds up, and neither
+notes what it would take to run a step again, nor counts anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from autobatch.plan import DeviceInfo, TrainingPlan
+
+TARGET, MICRO, LENGTH, VOCABULARY, WIDTH = 32, 4, 64, 512, 128
+
+
+class Model(nn.Module):
+    """Two layers over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.scores = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.scores(self.layers(self.embedding(tokens)))
+
+
+def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """A mean over tokens."""
+    return nn.functional.cross_entropy(model(batch[0]).transpose(1, 2), batch[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="times that each is measured")
+    rounds = parser.parse_args().rounds
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ours = Model().to(device)
+    theirs = copy.deepcopy(ours)
+    tokens = torch.randint(VOCABULARY, (TARGET, LENGTH + 1), device=device)
+    batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    optimizer = torch.optim.AdamW(theirs.parameters())
+    stepper = _plan(device).stepper(
+        ours, torch.optim.AdamW(ours.parameters()), training_step=loss_of, clip_grad_norm=1.0
+    )
+
+    def by_hand() -> float:
+        total = torch.zeros((), device=device)
+        for x, y in zip(batch[0].split(MICRO), batch[1].split(MICRO), strict=True):
+            loss = loss_of(theirs, (x, y)) * (MICRO / TARGET)
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(total)
+
+    def by_stepper() -> float:
+        return float(stepper.step(batch))
+
+    for _ in range(3):  # the optimizer's state, and what the loss is
+        by_hand(), by_stepper()
+    ratios, times = [], []
+    for i in range(rounds):
+        first, second = (by_hand, by_stepper) if i % 2 else (by_stepper, by_hand)
+        took = {first: _seconds(first), second: _seconds(second)}
+        ratios.append(took[by_stepper] / took[by_hand])
+        times.append(took[by_hand])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(
+        f"the loop by hand: {statistics.median(times) * 1e3:.1f} ms a step on {device}, {TARGET // MICRO} micro-batches"
+    )
+    print(f"stepper.step / by hand: {middle:.4f} (half of {rounds} rounds between {low:.4f} and {high:.4f})")
+    print(f"quickest / quickest: {min(times) and _quickest(by_stepper, rounds) / _quickest(by_hand, rounds):.4f}")
+
+
+def _seconds(step) -> float:  # type: ignore[no-untyped-def]
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _quickest(step, rounds: int) -> float:  # type: ignore[no-untyped-def]
+    return min(_seconds(step) for _ in range(rounds))
+
+
+def _plan(device: str) -> TrainingPlan:
+    return TrainingPlan(
+        target_batch_size=TARGET,
+        micro_batch_sizes=(MICRO,) * (TARGET // MICRO),
+        max_micro_batch_size=MICRO,
+        peak_bytes=1,
+        limit_bytes=2,
+        budget_bytes=2,
+        headroom=0.0,
+        verified=False,
+        batch_dims={"0": 0, "1": 0},
+        device=DeviceInfo(type=device, name=device, total_bytes=2),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Training on several ranks: real gloo processes started by torchrun, against plain training on the whole batch."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PREAMBLE = """
+import copy, os, sys
+sys.path.insert(0, {tests!r})
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from plans import plan_of
+from test_stepper import Kept, Tagger, distance, gradients_of, sample_mean, texts, token_mean
+torch.set_default_dtype(torch.float64)
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+
+def own(plans, batch):
+    '''This rank's share of a whole batch.'''
+    start = sum(sum(plans(r).micro_batch_sizes) for r in range(rank))
+    return {{k: v[start : start + sum(plans(rank).micro_batch_sizes)] for k, v in batch.items()}}
+"""
+
+
+def torchrun(folder: Path, ranks: int, **programs: str) -> dict[str, list[str]]:
+    """Run programs one after another on these ranks, and give what each of them wrote to `out` on every rank."""
+    source = PREAMBLE.format(tests=str(Path(__file__).parent))
+    for name, program in programs.items():
+        source += (
+            f"\nout = open(f'{folder}/{name}{{rank}}', 'w', buffering=1)\ntorch.manual_seed(0)\nmodel = Tagger()\n"
+        )
+        source += textwrap.dedent(program)
+    script = folder / "program.py"
+    script.write_text(source + "\ndist.destroy_process_group()\n")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        str(script),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return {name: [(folder / f"{name}{rank}").read_text().strip() for rank in range(ranks)] for name in programs}
+
+
+WHOLE = """
+plans = lambda r: plan_of(23, 3, ranks=ranks, rank=r)
+for recover in (True, False):
+    plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+    optimizer = Kept(model.parameters(), lr=0.1)
+    stepper = plans(rank).stepper(wrapped, optimizer, training_step=token_mean, recover=recover)
+    for seed in range(2):
+        whole = texts(23, seed=seed)
+        expected = gradients_of(plain, token_mean, whole)
+        loss = float(token_mean(plain, whole).detach())
+        result = stepper.step(own(plans, whole))
+        print(distance(optimizer.seen, expected) < 1e-12, abs(float(result) / loss - 1) < 1e-12, file=out)
+        plain.load_state_dict(model.state_dict())
+print(result.samples, result.micro_batches, file=out)
+"""
+TRAVEL = """
+import torch.distributed as dist
+plans = lambda r: plan_of(24, 3, ranks=2, rank=r)
+for recover in (True, False):
+    twin = copy.deepcopy(model)
+    wrapped = DistributedDataParallel(twin)
+    calls = []
+    if not recover:
+        def hook(state, bucket):
+            calls.append(bucket.buffer().numel())
+            return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(
+                lambda f: f.value()[0])
+        wrapped.register_comm_hook(None, hook)
+    else:
+        reduce = dist.all_reduce
+        def counted(tensor, *args, **kwargs):
+            calls.append(tensor.numel())
+            return reduce(tensor, *args, **kwargs)
+        dist.all_reduce = counted
+    stepper = plans(rank).stepper(
+        wrapped, Kept(twin.parameters()), training_step=sample_mean, reduction="mean", recover=recover)
+    stepper.step(own(plans, texts(24)))
+    dist.all_reduce = reduce
+    print(sum(n for n in calls if n > 1) == sum(p.numel() for p in twin.parameters()), file=out)
+"""
+SHORT = """
+plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+optimizer = Kept(model.parameters(), lr=0.1)
+plan = plan_of(24, 5, ranks=2, rank=rank, batch_dims={"tokens": 0, "labels": 0})
+whole = texts(10)
+expected = gradients_of(plain, sample_mean, whole)
+stepper = plan.stepper(wrapped, optimizer, training_step=sample_mean, reduction="mean")
+stepper.step({k: v[:3] if rank == 0 else v[3:] for k, v in whole.items()})
+print(distance(optimizer.seen, expected) < 1e-12, file=out)
+"""
+UNUSED = """
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.never = nn.Linear(3, 1), nn.Linear(3, 1), nn.Linear(3, 1)
+    def forward(self, x):
+        return (self.left if x[0, 0] > 0 else self.right)(x)
+model = Two()
+wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+plan = plan_of(8, 2, ranks=2, rank=rank)
+seen = {}
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optimizer.register_step_pre_hook(
+    lambda *_: seen.update({n: None if p.grad is None else p.grad.sum().item()
+                            for n, p in model.named_parameters()}))
+plan.stepper(wrapped, optimizer, training_step=lambda m, b: m(b).mean(), reduction="mean").step(
+    torch.ones(4, 3) * (1 if rank == 0 else -1))
+print([seen[name] for name in ("left.bias", "right.bias", "never.bias")], file=out)
+"""
+OOM = """
+plans = lambda r: plan_of(24, 6, ranks=ranks, rank=r)
+plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+def step(model, batch):
+    loss = token_mean(model, batch)
+    if rank == 1 and stepper.steps == 1 and len(batch["tokens"]) > 4:
+        loss.backward(retain_graph=True)  # some gradients are there already
+        torch.empty(1 << 50)
+    return loss
+count = lambda batch: (batch["labels"] != -100).sum()
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+stepper = plans(rank).stepper(wrapped, optimizer, training_step=step, reduction=count)
+theirs = torch.optim.AdamW(plain.parameters(), lr=0.01)
+for seed in range(4):
+    whole = texts(24, seed=seed)
+    stepper.step(own(plans, whole))
+    theirs.zero_grad()
+    token_mean(plain, whole).backward()
+    theirs.step()
+print(distance(list(model.parameters()), list(plain.parameters())) < 1e-10, file=out)
+print([(e.step, e.from_size, e.to_size, e.rank) for e in stepper.events], stepper.micro_batch_sizes, file=out)
+"""
+STATISTICS = """
+model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+whole = torch.randn(21, 3, generator=torch.Generator().manual_seed(1)) + 3
+plan = plan_of(21, 4, ranks=2, rank=rank)
+stepper = plan.stepper(
+    wrapped, torch.optim.SGD(model.parameters(), lr=0.0), training_step=lambda m, b: m(b).mean(), reduction="mean")
+for _ in range(2):
+    stepper.step(whole[:11] if rank == 0 else whole[11:])
+    plain(whole)
+print(torch.allclose(model[0].running_mean, plain[0].running_mean, rtol=1e-12), file=out)
+print(model[0].num_batches_tracked.item(), file=out)
+"""
+FAILS = """
+plans = lambda r: plan_of(24, 6, ranks=ranks, rank=r)
+def step(model, batch):
+    if rank == 1:
+        raise LookupError("on this rank only")
+    return token_mean(model, batch)
+stepper = plans(rank).stepper(
+    DistributedDataParallel(model), Kept(model.parameters()), training_step=step, reduction="mean")
+try:
+    stepper.step(own(plans, texts(24)))
+except Exception as error:
+    print(type(error).__name__, error, file=out)
+"""
+DIES = """
+plans = lambda r: plan_of(24, 6, ranks=ranks, rank=r)
+def step(model, batch):
+    if rank == 1:
+        os._exit(0)
+    return token_mean(model, batch)
+stepper = plans(rank).stepper(
+    DistributedDataParallel(model), Kept(model.parameters()), training_step=step, reduction="mean")
+try:
+    stepper.step(own(plans, texts(24)))
+except Exception as error:
+    print(type(error).__name__, error, file=out)
+"""
+SHARDED = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+plans = lambda r: plan_of(23, 3, ranks=ranks, rank=r)
+plain = copy.deepcopy(model)
+mesh = init_device_mesh("cpu", (ranks,))
+fully_shard(model.scores, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+stepper = plans(rank).stepper(model, optimizer, training_step=token_mean, clip_grad_norm=0.1)
+theirs = torch.optim.AdamW(plain.parameters(), lr=0.01)
+for seed in range(3):
+    whole = texts(23, seed=seed)
+    batch = own(plans, whole)
+    if seed == 2:  # short: unequal numbers of micro-batches
+        whole = {k: v[:13] for k, v in whole.items()}
+        batch = {k: v[:11] if rank == 0 else v[11:] for k, v in whole.items()}
+    result = stepper.step(batch)
+    theirs.zero_grad()
+    loss = token_mean(plain, whole)
+    loss.backward()
+    nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    theirs.step()
+    print(abs(float(result) / float(loss) - 1) < 1e-10, file=out)
+full = [p.full_tensor() for p in model.parameters()]
+print(distance(full, list(plain.parameters())) < 1e-9, file=out)
+"""
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    return torchrun(
+        tmp_path_factory.mktemp("ranks"),
+        2,
+        whole=WHOLE,
+        travel=TRAVEL,
+        short=SHORT,
+        unused=UNUSED,
+        oom=OOM,
+        statistics=STATISTICS,
+        sharded=SHARDED,
+        fails=FAILS,
+    )
+
+
+def test_gradients_are_those_of_the_whole_batch_over_two_unequal_ranks(on_two_ranks):
+    """23 samples: ranks have unequal shares and unequal token counts."""
+    assert on_two_ranks["whole"] == ["True True\n" * 4 + size for size in ("12 4", "11 4")]
+
+
+def test_gradients_are_those_of_the_whole_batch_over_four_ranks(tmp_path):
+    said = torchrun(tmp_path, 4, whole=WHOLE, oom=OOM)
+    assert said["whole"] == ["True True\n" * 4 + size for size in ("6 2", "6 2", "6 2", "5 2")]
+    assert said["oom"] == ["True\n[(1, 6, 4, 1)] (3, 3)"] * 4
+
+
+def test_gradients_travel_once_per_optimizer_step(on_two_ranks):
+    assert on_two_ranks["travel"] == ["True\nTrue"] * 2
+
+
+def test_a_short_last_batch_of_unequal_ranks_is_exact(on_two_ranks):
+    assert on_two_ranks["short"] == ["True", "True"]
+
+
+def test_parameters_that_only_one_rank_used_have_gradients_on_all(on_two_ranks):
+    assert on_two_ranks["unused"] == ["[0.5, 0.5, None]"] * 2
+
+
+def test_one_rank_that_runs_out_alone_has_all_run_the_step_again(on_two_ranks):
+    assert on_two_ranks["oom"] == ["True\n[(1, 6, 4, 1)] (4, 4, 4)"] * 2
+
+
+def test_batch_norm_has_the_statistics_of_all_ranks(on_two_ranks):
+    assert on_two_ranks["statistics"] == ["True\n2"] * 2
+
+
+def test_sharded_models_have_the_gradient_of_the_whole_batch(on_two_ranks):
+    assert on_two_ranks["sharded"] == ["True\n" * 3 + "True"] * 2
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_reason(on_two_ranks):
+    assert on_two_ranks["fails"] == [
+        "RankFailed rank 1 failed: LookupError: on this rank only",
+        "LookupError on this rank only",
+    ]
+
+
+def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
+    (said, _) = torchrun(tmp_path, 2, dies=DIES)["dies"]
+    assert said.startswith("RankFailed a rank is missing")
