@@ -50,6 +50,7 @@ def fit(
     world_size: int | None = None,
     max_micro_batch: int | None = None,
     exact: bool = False,
+    per_rank: bool = False,
     progress: OnProgress | None = None,
 ) -> TrainingPlan:
     """Find the largest micro-batch that fits by running real training steps, and plan how to reach the target with it.
@@ -74,6 +75,8 @@ def fit(
         max_micro_batch: never try more samples than this.
         exact: also prove that one more sample does not fit; otherwise the maximum is found to within 2 % (an eighth on
             the CPU, where the peaks of neighbouring sizes jump).
+        per_rank: give each rank of an initialised torch.distributed group a part of the target by its speed, with its
+            own largest micro-batch, instead of equal parts with the smallest rank's.
         progress: called with each event of `autobatch.progress`.
 
     Returns:
@@ -89,7 +92,7 @@ def fit(
     if progress is not None and not callable(progress):
         raise InvalidInput(f"progress must be callable with one event, but is {progress!r}.")
     workload = as_workload(model, data, loss, training_step, optimizer, precision)
-    question = Question.checked(target, headroom, world_size, max_micro_batch, exact)
+    question = Question.checked(target, headroom, world_size, max_micro_batch, exact, per_rank)
     place = _device_of(workload.model) if device is None else device
     spot = get_device(place, None if memory_limit is None else parse_bytes(memory_limit))
     try:
@@ -179,6 +182,8 @@ def _plan(answer: Answer, spot: Device, step: TrainingStep, question: Question, 
     plan = TrainingPlan(
         target_batch_size=question.target,
         world_size=question.world_size,
+        rank=ranks.rank() if answer.rank_shares else 0,
+        rank_shares=answer.rank_shares,
         micro_batch_sizes=answer.sizes,
         max_micro_batch_size=answer.largest,
         min_micro_batch_size=step.min_micro_batch,
@@ -198,7 +203,9 @@ def _plan(answer: Answer, spot: Device, step: TrainingStep, question: Question, 
         assumptions=(*step.assumptions, *spot.assumptions),
         warnings=(*step.warnings, *spot.warnings, *_warnings(answer, step, question, attempt, headroom)),
     )
-    return plan.for_rank(ranks.rank()) if question.world_size == ranks.world_size() > 1 else plan
+    if answer.rank_shares or not question.world_size == ranks.world_size() > 1:
+        return plan
+    return plan.for_rank(ranks.rank())
 
 
 def _versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 from autobatch.errors import InvalidInput, PlanFileError
 from autobatch.files import write_whole
 from autobatch.precision import Precision
+from autobatch.sizes import in_steps, micro_batches, split_evenly
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -111,50 +112,15 @@ class DeviceInfo(_Data):
     """CUDA: whether this is a slice of a partitioned GPU."""
 
 
-def split_evenly(total: int, parts: int) -> tuple[int, ...]:
-    """`total` as `parts` integers that differ by at most one, larger ones first.
+class RankShare(_Data):
+    """What one of several unequal ranks does in an optimizer step."""
 
-    >>> split_evenly(256, 7)
-    (37, 37, 37, 37, 36, 36, 36)
-    """
-    quotient, larger = divmod(total, parts)
-    return (quotient + 1,) * larger + (quotient,) * (parts - larger)
-
-
-def micro_batches(samples: int, largest: int, smallest: int = 1) -> tuple[int, ...]:
-    """The fewest micro-batches of at most `largest` samples that hold `samples`, as equal as possible.
-
-    Raises:
-        InvalidInput: every such split needs a micro-batch of fewer than `smallest` samples.
-    """
-    if samples < 1:
-        raise InvalidInput("there are no samples to split into micro-batches.")
-    sizes = split_evenly(samples, math.ceil(samples / largest))
-    if sizes[-1] < smallest:
-        raise InvalidInput(
-            f"{samples} samples cannot be split into micro-batches of {smallest} to {largest}, and the model does not "
-            f"run on fewer than {smallest}. Use a multiple of {smallest}; a loader's last batch can be left out with "
-            "drop_last=True."
-        )
-    return sizes
-
-
-def micro_batches_of_ranks(target: int, world_size: int, largest: int, smallest: int = 1) -> list[tuple[int, ...]]:
-    """Every rank's micro-batches: all ranks take the same number of steps, where their shares can be cut so.
-
-    Raises:
-        InvalidInput: some share can only be cut with a micro-batch of fewer than `smallest` samples.
-    """
-    shares = split_evenly(target, world_size)
-    steps = len(micro_batches(shares[0], largest, smallest))
-    return [_in_steps(share, steps, largest, smallest) for share in shares]
-
-
-def _in_steps(share: int, steps: int, largest: int, smallest: int) -> tuple[int, ...]:
-    """A rank's share in that many micro-batches, or in as few as fit where it cannot be."""
-    if steps * smallest <= share <= steps * largest:
-        return split_evenly(share, steps)
-    return micro_batches(share, largest, smallest)
+    samples: Samples
+    """Its part of the target."""
+    max_micro_batch_size: Samples
+    """The largest micro-batch that ran within its budget."""
+    samples_per_second: float | None = None
+    """How fast it was in the trial that its part was measured by."""
 
 
 class TrainingPlan(_Data):
@@ -173,6 +139,8 @@ class TrainingPlan(_Data):
     world_size: Samples = 1
     rank: int = 0
     """The rank whose micro-batches `micro_batch_sizes` lists; see `for_rank`."""
+    rank_shares: tuple[RankShare, ...] = ()
+    """Every rank's part, where they have unequal ones by their speed; empty where the target is shared evenly."""
     micro_batch_sizes: tuple[int, ...]
     """This rank's micro-batches of one optimizer step, in order."""
     max_micro_batch_size: Samples
@@ -213,7 +181,12 @@ class TrainingPlan(_Data):
     def _adds_up(self) -> TrainingPlan:
         if self.target_batch_size < 1 or not 0 <= self.rank < self.world_size <= self.target_batch_size:
             raise ValueError("target_batch_size, world_size and rank contradict each other")
-        share = split_evenly(self.target_batch_size, self.world_size)[self.rank]
+        if self.rank_shares and (
+            len(self.rank_shares) != self.world_size
+            or sum(share.samples for share in self.rank_shares) != self.target_batch_size
+        ):
+            raise ValueError("rank_shares do not add up to the target over all ranks")
+        share = self._share(self.rank)
         if sum(self.micro_batch_sizes) != share:
             raise ValueError(
                 f"micro_batch_sizes add up to {sum(self.micro_batch_sizes)}, not to this rank's {share} samples"
@@ -251,9 +224,18 @@ class TrainingPlan(_Data):
             raise InvalidInput(
                 f"rank {rank} is not one of this plan's {self.world_size} ranks (0 to {self.world_size - 1})."
             )
-        share = split_evenly(self.target_batch_size, self.world_size)[rank]
-        steps, largest, smallest = self.accumulation_steps, self.max_micro_batch_size, self.min_micro_batch_size
-        return self._with_sizes(_in_steps(share, steps, largest, smallest), rank)
+        share, smallest = self._share(rank), self.min_micro_batch_size
+        if self.rank_shares:
+            largest = self.rank_shares[rank].max_micro_batch_size
+            plan = self.model_copy(update={"max_micro_batch_size": largest})
+            return plan._with_sizes(micro_batches(share, largest, smallest), rank)
+        return self._with_sizes(in_steps(share, self.accumulation_steps, self.max_micro_batch_size, smallest), rank)
+
+    def _share(self, rank: int) -> int:
+        """The samples of a rank in one optimizer step."""
+        if self.rank_shares:
+            return self.rank_shares[rank].samples
+        return split_evenly(self.target_batch_size, self.world_size)[rank]
 
     def uniform(self) -> TrainingPlan:
         """The plan with one single micro-batch size, for frameworks that take no other: the largest that divides a
@@ -265,6 +247,12 @@ class TrainingPlan(_Data):
             InvalidInput: the target cannot be divided by the ranks, or by any size the model runs on.
         """
         share, rest = divmod(self.target_batch_size, self.world_size)
+        if self.rank_shares:
+            parts = ", ".join(str(share.samples) for share in self.rank_shares)
+            raise InvalidInput(
+                f"the ranks have unequal parts of the target ({parts} samples), so no single size is all of theirs. "
+                "Make the plan without per_rank=True."
+            )
         if rest:
             raise InvalidInput(
                 f"a target of {self.target_batch_size} is not a multiple of {self.world_size} ranks, so no single size "

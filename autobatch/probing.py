@@ -10,9 +10,10 @@ from typing import Any, SupportsIndex
 from autobatch import ranks
 from autobatch.devices.base import RunTrial
 from autobatch.errors import InvalidInput
-from autobatch.plan import Trial, Verdict, micro_batches_of_ranks, split_evenly
+from autobatch.plan import RankShare, Trial, Verdict
 from autobatch.progress import OnProgress, TrialEnded, TrialStarted
 from autobatch.search import MicroBatchSearch
+from autobatch.sizes import micro_batches, micro_batches_of_ranks, share_out, split_evenly
 from autobatch.workload.step import TrainingStep
 
 
@@ -27,9 +28,13 @@ class Question:
     exact: bool
     together: bool
     """Whether the ranks of an initialised group answer this together."""
+    per_rank: bool = False
+    """Whether each of them has a part of the target by its speed, and its own largest micro-batch."""
 
     @classmethod
-    def checked(cls, target: Any, headroom: Any, world_size: Any, max_micro_batch: Any, exact: bool) -> Question:
+    def checked(
+        cls, target: Any, headroom: Any, world_size: Any, max_micro_batch: Any, exact: bool, per_rank: bool
+    ) -> Question:
         """The question, if every part of it can be answered.
 
         Raises:
@@ -51,12 +56,19 @@ class Question:
                 f"a target of {target} samples is smaller than the {world} ranks that share it: every rank needs at "
                 f"least one. Choose a target of at least {world}."
             )
+        if per_rank and (world_size is not None or world == 1):
+            raise InvalidInput(
+                "per_rank=True gives each rank of torch.distributed a part by its own speed, so all of them have to "
+                "ask together: start them with torchrun, initialise the group, and leave world_size out."
+            )
         most = None if max_micro_batch is None else index(max_micro_batch)
-        return cls(index(target), index(world), most, float(headroom), exact, together=world_size is None)
+        return cls(index(target), index(world), most, float(headroom), exact, world_size is None, per_rank)
 
     @property
     def share(self) -> int:
-        """Samples of one optimizer step on the rank that has most."""
+        """Samples of one optimizer step on the rank that has most; where speed decides, as many as it may get."""
+        if self.per_rank:
+            return self.target - self.world_size + 1
         return split_evenly(self.target, self.world_size)[0]
 
     @property
@@ -64,9 +76,9 @@ class Question:
         """The largest micro-batch worth trying."""
         return min(self.share, self.max_micro_batch or self.share)
 
-    def smallest(self, size: int) -> int:
-        """The smallest of the sizes that the ranks have found, where they answer together."""
-        return ranks.smallest(size) if self.together else size
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, where they answer together."""
+        return ranks.gather(value) if self.together else [value]
 
 
 @dataclass
@@ -108,6 +120,11 @@ class Attempts:
         """The trial of the smallest size; of several, one that failed."""
         return min(self.trials, key=lambda trial: (trial.micro_batch_size, trial.fits))
 
+    def speed_of(self, size: int) -> float:
+        """Samples per second in the latest trial of that size that fitted; 0 where none was timed."""
+        timed = (trial for trial in reversed(self.trials) if trial.fits and trial.micro_batch_size == size)
+        return next((sum(trial.micro_batch_sizes) / trial.step_seconds for trial in timed if trial.step_seconds), 0.0)
+
     def _note(self, trial: Trial) -> None:
         self.trials.append(trial)
         self.progress(TrialEnded(trial, self.budget_bytes))
@@ -125,6 +142,8 @@ class Answer:
     """The micro-batches of one optimizer step on the rank with the largest share."""
     cut_short: bool
     """Whether the search ran out of trials before it had closed in on the answer."""
+    rank_shares: tuple[RankShare, ...] = ()
+    """Every rank's part, where they are unequal."""
 
 
 def probe(attempt: Attempts, step: TrainingStep, question: Question) -> Answer | None:
@@ -139,17 +158,46 @@ def probe(attempt: Attempts, step: TrainingStep, question: Question) -> Answer |
             "(BatchNorm cannot normalise a single one). Choose a larger target or max_micro_batch."
         )
     search = _search(attempt, step, question)
-    found = size = question.smallest(search.best or 0)
+    if question.per_rank:
+        return _probe_unequal(attempt, step, question, search)
+    found = size = min(question.gather(search.best or 0))
     while size >= step.min_micro_batch:
         lists = micro_batches_of_ranks(question.target, question.world_size, size, step.min_micro_batch)
         trials = (_confirm(attempt, sizes) for sizes in dict.fromkeys(lists))
         failed = next((trial for trial in trials if trial and not trial.fits), None)
-        agreed = question.smallest(size if failed is None else _smaller(attempt, failed))
+        agreed = min(question.gather(size if failed is None else _smaller(attempt, failed)))
         if agreed == size:
             largest = found if size == found else max(lists[0])  # what failed at a second look is no answer
             return Answer(largest, search.proved and search.best == largest, lists[0], search.cut_short)
         size = agreed
     return None
+
+
+def _probe_unequal(
+    attempt: Attempts, step: TrainingStep, question: Question, search: MicroBatchSearch
+) -> Answer | None:
+    """The same where every rank has its own largest micro-batch, and a part of the target by its speed with that."""
+    size = search.best or 0
+    found = question.gather((size, attempt.speed_of(size)))
+    if not all(best for best, _ in found):
+        return None
+    speeds = [speed for _, speed in found]
+    shares = share_out(question.target, speeds if all(speeds) else [1.0] * len(speeds), step.min_micro_batch)
+    share = shares[ranks.rank()]
+    while size >= step.min_micro_batch:
+        sizes = micro_batches(share, size, step.min_micro_batch)
+        trial = _confirm(attempt, sizes)
+        if trial is None or trial.fits:
+            break
+        size = _smaller(attempt, trial)
+    largest = question.gather(size)
+    if min(largest) < step.min_micro_batch:
+        return None
+    parts = tuple(
+        RankShare(samples=part, max_micro_batch_size=most, samples_per_second=speed)
+        for part, most, (_, speed) in zip(shares, largest, found, strict=True)
+    )
+    return Answer(size, search.proved and search.best == size, sizes, search.cut_short, parts)
 
 
 def _confirm(attempt: Attempts, sizes: tuple[int, ...]) -> Trial | None:

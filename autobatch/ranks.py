@@ -1,7 +1,11 @@
-"""The ranks of torch.distributed, where it is initialised: how many, and what they agree on."""
+"""The ranks of torch.distributed: how many, and what they tell each other on the host, beside gradients.
+
+Where a rank ends or hangs, the others do not wait for ever, and say which one is missing.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,13 +14,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from autobatch.errors import RankFailed
 
+PATIENCE = timedelta(minutes=30)
+"""How long ranks wait for one another: torch's own default for gloo."""
+GRACE_SECONDS = 5.0
+"""How long those that waited in vain give each other to say that they are still there."""
 WIDTH = 3
 """Numbers that ranks exchange at once: a fixed count, so that one that fails need not know what the others expect."""
-PATIENCE = timedelta(minutes=10)
-"""How long ranks wait for one another."""
 
 
 def _initialised() -> bool:
@@ -33,66 +40,32 @@ def rank() -> int:
     return dist.get_rank() if _initialised() else 0
 
 
-def smallest(value: int) -> int:
-    """The smallest value over all ranks, on every rank. A collective: all ranks have to call it.
-
-    Raises:
-        RankFailed: another rank failed before it came here.
-    """
-    if not _initialised():
-        return value
-    values: list[int | str] = [0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    failures = {number: said for number, said in enumerate(values) if isinstance(said, str)}
-    if failures:
-        raise RankFailed("; ".join(f"rank {number} failed: {said}" for number, said in failures.items()))
-    return min(number for number in values if isinstance(number, int))
-
-
-@contextmanager
-def failing_together(together: bool) -> Iterator[None]:
-    """Tell the other ranks, who are waiting in `smallest`, when this one fails, so that nobody waits for ever.
-
-    The ranks meet at the start: communication is set up then, and is there, with its buffers, when memory is measured.
-    """
-    if not together or not _initialised():
-        yield
-        return
-    smallest(0)
-    try:
-        yield
-    except RankFailed:
-        raise
-    except Exception as error:
-        values: list[object] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, f"{type(error).__name__}: {error}")
-        raise
-
-
 class Talk:
-    """What the ranks of a group tell each other, on the host: no GPU waits for it, or is waited for."""
+    """What the ranks of a group tell each other, over gloo: no GPU waits for it, or is waited for."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         """A collective: all ranks of the group have to call it."""
-        own = dist.get_backend(group) == "gloo"
-        members = dist.get_process_group_ranks(group)
-        self._group = group if own else dist.new_group(members, backend="gloo", timeout=PATIENCE)
+        self._members = dist.get_process_group_ranks(group)
+        self._group = dist.new_group(self._members, timeout=PATIENCE, backend="gloo")
+        self._met = 0
 
-    def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:
+    def meet(self, numbers: Sequence[float] = (), failure: str | None = None) -> list[list[float]]:
         """Every rank's numbers, by rank, or the news that one of them failed. Up to WIDTH numbers; the rest are 0.
 
         Raises:
             RankFailed: another rank failed, or is missing; not on the rank that says so itself.
         """
+        self._met += 1
         own = torch.zeros(1 + WIDTH, dtype=torch.float64)
         own[: 1 + len(numbers)] = torch.tensor([float(failure is not None), *numbers])
-        rows = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
-        with _missing_named():
+        rows = [torch.empty_like(own) for _ in self._members]
+        with self._missing_named():
             dist.all_gather(rows, own, group=self._group)
         if any(row[0] for row in rows):
             said = self._gather(failure)
             if failure is None:
-                raise RankFailed("; ".join(f"rank {i} failed: {text}" for i, text in enumerate(said) if text))
+                told = zip(self._members, said, strict=True)
+                raise RankFailed("; ".join(f"rank {i} failed: {text}" for i, text in told if text))
         return [row[1:].tolist() for row in rows]
 
     def gather(self, value: Any) -> list[Any]:
@@ -100,28 +73,73 @@ class Talk:
 
         Raises: as `meet`.
         """
-        self.meet([])  # a rank that failed is not here, but there
+        self.meet()  # a rank that failed is not here, but there
         return self._gather(value)
 
     def _gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * dist.get_world_size(self._group)
-        with _missing_named():
+        values: list[Any] = [None] * len(self._members)
+        with self._missing_named():
             dist.all_gather_object(values, value, group=self._group)
         return values
 
+    @contextmanager
+    def _missing_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            missing = self._missing()
+            who = f"rank {', '.join(map(str, missing))} is missing" if missing else "a rank is missing"
+            raise RankFailed(
+                f"{who}: the others waited in vain ({str(error).splitlines()[0]}). Its own output says why it ended, "
+                "or where it waits. Start all ranks again."
+            ) from error
+
+    def _missing(self) -> list[int]:
+        """The ranks that do not say, in the store that brought all together, that they miss one, too."""
+        keys = {member: f"autobatch/{self._group.group_name}/{self._met}/{member}" for member in self._members}
+        deadline = time.monotonic() + GRACE_SECONDS
+        try:
+            store = _get_default_store()
+            store.set(keys[dist.get_rank()], "here")
+            while missing := [member for member, key in keys.items() if not store.check([key])]:
+                if time.monotonic() > deadline:
+                    return missing
+                time.sleep(0.05)
+        except (RuntimeError, dist.DistError):  # the store is gone with the rank that kept it
+            pass
+        return []
+
 
 @cache
-def talking(group: dist.ProcessGroup) -> Talk:
+def talk_of(group: dist.ProcessGroup) -> Talk:
     """The talk of a group's ranks. A collective when it is first asked for."""
     return Talk(group)
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, by rank, on every one; only its own where there is no group. A collective.
+
+    Raises:
+        RankFailed: another rank failed before it came here, or is missing.
+    """
+    return talk_of(dist.group.WORLD).gather(value) if _initialised() else [value]
+
+
 @contextmanager
-def _missing_named() -> Iterator[None]:
+def failing_together(together: bool) -> Iterator[None]:
+    """Tell the other ranks, who are waiting for this one, when it fails, so that nobody waits for ever.
+
+    The ranks meet at the start: communication is set up then, and is there, with its buffers, when memory is measured.
+    """
+    if not together or not _initialised():
+        yield
+        return
+    talk = talk_of(dist.group.WORLD)
+    talk.meet()
     try:
         yield
-    except (RuntimeError, dist.DistBackendError) as error:
-        raise RankFailed(
-            f"a rank is missing: the others waited for it in vain ({str(error).splitlines()[0]}). Its own output says "
-            "why it ended; start all ranks again."
-        ) from error
+    except RankFailed:
+        raise
+    except Exception as error:
+        talk.meet(failure=f"{type(error).__name__}: {error}")
+        raise

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from autobatch.plan import DeviceInfo, TrainingPlan, micro_batches_of_ranks
+from autobatch.plan import DeviceInfo, TrainingPlan
+from autobatch.sizes import micro_batches_of_ranks
 
 
 def plan_of(target: int, largest: int, *, ranks: int = 1, rank: int = 0, **fields: Any) -> TrainingPlan:

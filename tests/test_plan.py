@@ -18,10 +18,8 @@ from autobatch.plan import (
     TrainingPlan,
     Trial,
     Verdict,
-    micro_batches,
-    micro_batches_of_ranks,
-    split_evenly,
 )
+from autobatch.sizes import micro_batches, micro_batches_of_ranks, split_evenly
 
 
 def make_plan(target=256, largest=37, world_size=1, tried=None, **changes) -> TrainingPlan:

@@ -24,7 +24,7 @@ class Device:
 
 def answer(device, target, settled_bytes):
     attempt = Attempts(device, device.budget, lambda event: None, settled_bytes, jump_bytes=0)
-    return probe(attempt, STEP, Question.checked(target, 0, 1, None, exact=False)), attempt
+    return probe(attempt, STEP, Question.checked(target, 0, 1, None, exact=False, per_rank=False)), attempt
 
 
 def test_a_size_with_a_low_peak_needs_no_second_look():

@@ -1,5 +1,6 @@
 """What ranks agree on, in real gloo processes on this machine."""
 
+import json
 import os
 import subprocess
 import sys
@@ -73,3 +74,51 @@ def test_with_world_size_given_one_rank_may_ask_alone(tmp_path):
     )
     assert first.strip() == "(2,)"
     assert second == ""
+
+
+def test_unequal_ranks_have_unequal_parts_that_add_up(tmp_path):
+    first, second = two_ranks(
+        tmp_path,
+        """
+        import json, time
+        def step(model, batch):
+            if rank == 1:
+                time.sleep(0.002 * len(batch[0]))  # a slower device
+            return model(batch[0]).square().mean()
+        plan = fit_wide(
+            target=301, loss=None, training_step=step, per_rank=True, memory_limit="900MiB" if rank else "600MiB")
+        plans = [plan.for_rank(r) for r in range(2)]
+        assert plans[rank].micro_batch_sizes == plan.micro_batch_sizes
+        print(json.dumps({
+            "parts": [share.samples for share in plan.rank_shares],
+            "largest": [share.max_micro_batch_size for share in plan.rank_shares],
+            "micro-batches": [p.micro_batch_sizes for p in plans],
+            "verified": plan.verified,
+        }))
+        """,
+    )
+    assert first == second
+    said = json.loads(first)
+    assert said["verified"]
+    assert said["largest"][0] < said["largest"][1]
+    assert said["parts"][0] > said["parts"][1]
+    assert [sum(sizes) for sizes in said["micro-batches"]] == said["parts"]
+    assert sum(said["parts"]) == 301
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path):
+    first, _ = two_ranks(
+        tmp_path,
+        """
+        import os, time
+        if rank == 1:
+            dist.new_group(backend="gloo")
+            os._exit(0)
+        started = time.monotonic()
+        try:
+            fit_wide(target=8)
+        except Exception as error:
+            print(type(error).__name__, str(error)[:20], time.monotonic() - started < 60)
+        """,
+    )
+    assert first.strip() == "RankFailed rank 1 is missing: t True"

@@ -272,4 +272,4 @@ def test_a_rank_that_fails_ends_the_others_with_its_reason(on_two_ranks):
 
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
     (said, _) = torchrun(tmp_path, 2, dies=DIES)["dies"]
-    assert said.startswith("RankFailed a rank is missing")
+    assert said.startswith("RankFailed rank 1 is missing")

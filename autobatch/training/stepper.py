@@ -203,7 +203,8 @@ class Stepper:
         Raises:
             NothingFits: there are none.
         """
-        rows = self._sync.meet([float(not isinstance(outcome, Tensor)), max(window.samples, default=0)])
+        ran_out = not isinstance(outcome, Tensor)
+        rows = self._sync.meet([float(ran_out), max(window.samples, default=0)])
         losers = [rank for rank, row in enumerate(rows) if row[0]]
         if not losers:
             return False
@@ -218,8 +219,10 @@ class Stepper:
                 needed_bytes=None,
                 budget_bytes=self._plan.budget_bytes,
             )
-        self._largest = max(smallest, size * 4 // 5)
-        event = Shrunk(self.steps, size, self._largest, losers[0], message)
+        smaller = max(smallest, size * 4 // 5)
+        if ran_out or not self._plan.rank_shares:  # where ranks have sizes of their own, the others keep theirs
+            self._largest = min(self._largest, smaller)
+        event = Shrunk(self.steps, size, smaller, losers[0], message)
         self.events.append(event)
         _log.warning(
             "Memory ran out in optimizer step %d%s with micro-batches of %d samples. The step was undone; it is run "

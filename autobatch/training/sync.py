@@ -91,7 +91,7 @@ class _Ranks:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._talk = ranks.talking(group)
+        self._talk = ranks.talk_of(group)
         self.world_size = dist.get_world_size(group)
 
     def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from autobatch import batches
 from autobatch.errors import InvalidInput
-from autobatch.plan import TrainingPlan, micro_batches, split_evenly
+from autobatch.plan import TrainingPlan
+from autobatch.sizes import micro_batches, split_evenly
 from autobatch.training.evidence import Evidence
 from autobatch.training.reduction import Reduction
 from autobatch.training.sync import Sync
