@@ -94,18 +94,12 @@ def main() -> None:
     plan = autobatch.fit(model, TARGET, data=sample_batch, loss=loss_fn, device="cpu", memory_limit=limit)
     print(plan)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    stepper = plan.stepper(model, torch.optim.AdamW(model.parameters(), lr=3e-3), loss=loss_fn)
     started = time.perf_counter()
     for step in range(1, STEPS + 1):
-        step_loss = 0.0
-        for (tokens, following), weight in plan.split(sample_batch(plan.target_batch_size)):
-            loss = loss_fn(model(tokens), following) * weight
-            loss.backward()
-            step_loss += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = float(stepper.step(sample_batch(plan.target_batch_size)))
         if step == 1 or step % 10 == 0:
-            print(f"step {step:3}: loss {step_loss:.3f}, {time.perf_counter() - started:.1f} s")
+            print(f"step {step:3}: loss {loss:.3f}, {time.perf_counter() - started:.1f} s")
     print(f"It writes: {write(model, 'The ', 80)!r}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -29,3 +30,15 @@ def test_char_gpt_needs_accumulation_and_learns() -> None:
     assert ACCUMULATES.search(printed)
     first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", printed))
     assert last < first - 0.5
+
+
+def test_ranks_share_a_target_that_they_do_not_divide_and_learn() -> None:
+    program = Path(__file__).parents[1] / "examples" / "ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "501 samples per optimizer step on rank 0; 1001 over 2 ranks" in done.stdout
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) over 1001 samples", done.stdout)]
+    assert len(losses) == 3
+    assert losses[-1] < 0.5
