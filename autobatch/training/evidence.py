@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,8 +23,11 @@ from autobatch.training.undo import StepStart
 
 IGNORED = -100
 """The label that PyTorch's and Hugging Face's losses ignore by default."""
-TOLERANCE = 1e-4
-"""How far, as a share, a foretold loss may be off: float32 sums of other shapes differ by about 1e-6."""
+TOLERANCE, COARSE = 1e-5, 1e-3
+"""How far, as a share, a foretold loss may be off: float32 sums of other shapes differ by about 1e-6. The second is for
+models in half precision."""
+LOOKS = 3
+"""Batches after which the likeliest of those that are left is taken: what differs so little weighs little."""
 
 
 @dataclass
@@ -36,14 +39,16 @@ class Evidence:
 
     compute_loss: Callable[[nn.Module, Any], Tensor]
     model: nn.Module
-    context: Callable[[], AbstractContextManager[object]]
-    """Where a forward pass runs: autocast, or nothing."""
+    autocast: Callable[[], AbstractContextManager[object]]
+    """Where training runs a forward pass. It is done without here, as it is more exact, where that runs."""
     start: StepStart
     """Puts back what a forward pass changes."""
     gather: Callable[[Any], list[Any]]
     """Gives every rank's value: ranks look together, and see the same."""
     candidates: list[Reduction] | None = None
     """What it may be, likeliest first; None before the first batch."""
+    looks: int = 0
+    """How often it was run."""
 
     def settle(self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]) -> Reduction:
         """What the loss is, as far as it matters for this batch.
@@ -67,7 +72,7 @@ class Evidence:
         losses, problem = self._losses([*(part for part, _ in apart), together])
         whole, kept = losses[-1], {one.words for one in self.candidates}
         if not problem and all(map(math.isfinite, losses)):
-            tolerance = TOLERANCE * max(map(abs, losses))
+            tolerance = (COARSE if _is_half(self.model) else TOLERANCE) * max(map(abs, losses))
             kept = {one.words for one in self.candidates if abs(_foretold(one, apart, losses) - whole) <= tolerance}
         if not kept:
             problem = (
@@ -80,21 +85,27 @@ class Evidence:
             _warn(problem)
             kept = set()
         self.candidates = [one for one in self.candidates if one.words in kept] or [SAMPLES]
+        self.looks += 1
+        if self.looks == LOOKS:
+            self.candidates = self.candidates[:1]
 
     def _losses(self, parts: list[Any]) -> tuple[list[float], str]:
         """The losses of these parts of a batch, or nothing and why."""
+        problem = ""
+        for context in (nullcontext, self.autocast):
+            try:
+                return self._run(parts, context), ""
+            except Exception as error:  # noqa: BLE001  # a training step may raise anything here: it is told
+                problem = f"it could not be run in evaluation mode to find out ({type(error).__name__}: {error})"
+        return [math.nan] * len(parts), problem
+
+    def _run(self, parts: list[Any], context: Callable[[], AbstractContextManager[object]]) -> list[float]:
         flags = [(module, module.training) for module in self.model.modules()]
         self.start.keep()
         try:
             self.model.eval()
-            losses = []
-            for part in parts:
-                with torch.no_grad(), self.context():
-                    losses.append(float(self.compute_loss(self.model, part)))
-            return losses, ""
-        except Exception as error:  # noqa: BLE001  # a training step may raise anything in evaluation mode: it is told
-            nothing = [math.nan] * len(parts)
-            return nothing, f"it could not be run in evaluation mode to find out ({type(error).__name__}: {error})"
+            with torch.no_grad(), context():
+                return [float(self.compute_loss(self.model, part)) for part in parts]
         finally:
             self.start.restore()
             for module, training in flags:
@@ -105,6 +116,10 @@ def _foretold(one: Reduction, parts: Sequence[tuple[Any, int]], losses: Sequence
     counts = one.counts([part for part, _ in parts], [n for _, n in parts])
     total = 1.0 if one.is_sum else sum(counts)
     return sum(c * loss for c, loss in zip(counts, losses, strict=False)) / total if total else math.nan
+
+
+def _is_half(model: nn.Module) -> bool:
+    return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
 
 
 def _warn(why: str) -> None:

@@ -110,14 +110,13 @@ class DataParallel(_Ranks):
     """DistributedDataParallel. To be able to run a step again on all ranks after one ran out of memory, no rank may
     wait for another within a backward pass: gradients are accumulated apart and averaged after the last one."""
 
-    equal_passes = False
-
     def __init__(self, model: DistributedDataParallel, recovers: bool) -> None:
         super().__init__(model.process_group)
         self._model = model
         self.inner = model.module
-        # Such models have communication of their own, which runs in the last backward pass.
-        self.recovers = recovers and not model._comm_hooks and not model.static_graph
+        self.equal_passes = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        # Ranks meet within the passes of such models.
+        self.recovers = recovers and not (model._comm_hooks or model.static_graph or self.equal_passes)
         names = model.parameters_to_ignore
         self._parameters = [p for n, p in self.inner.named_parameters() if n not in names and p.requires_grad]
 
