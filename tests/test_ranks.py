@@ -1,124 +1,115 @@
-"""What ranks agree on, in real gloo processes on this machine."""
+"""What ranks agree on when they look for a plan together."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
-PREAMBLE = """
-import sys; sys.path.insert(0, {tests!r})
-import torch.distributed as dist
-from test_fit import *
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
+import pytest
+from torchrun import torchrun
+
+IMPORTS = "import json\nimport time\nfrom test_fit import *"
+
+SMALLER = """
+plan = fit_wide(target=60 * ranks + 1, memory_limit="430MiB" if rank == 1 else "520MiB")
+plans = [plan.for_rank(r) for r in range(ranks)]
+assert plans[rank] == plan
+print(json.dumps([plan.verified, plan.max_micro_batch_size, [p.micro_batch_sizes for p in plans]]), file=out)
+"""
+UNEQUAL = """
+def step(model, batch):
+    if rank == 1:
+        time.sleep(0.002 * len(batch[0]))  # a slower device
+    return model(batch[0]).square().mean()
+plan = fit_wide(target=121, loss=None, training_step=step, per_rank=True, memory_limit="520MiB" if rank else "430MiB")
+plans = [plan.for_rank(r) for r in range(ranks)]
+assert plans[rank].micro_batch_sizes == plan.micro_batch_sizes
+print(json.dumps({
+    "parts": [share.samples for share in plan.rank_shares],
+    "largest": [share.max_micro_batch_size for share in plan.rank_shares],
+    "micro-batches": [p.micro_batch_sizes for p in plans],
+    "verified": plan.verified,
+}), file=out)
+"""
+FAILS = """
+def step(model, batch):
+    if rank == 1:
+        raise LookupError("on this rank only")
+    return model(batch[0]).mean()
+try:
+    fit_wide(target=8, loss=None, training_step=step)
+except Exception as error:
+    print(type(error).__name__, error, file=out)
+"""
+ALONE = """
+if rank == 0:
+    print(fit_wide(target=10, world_size=5).micro_batch_sizes, file=out)
+dist.barrier()
+"""
+DIES = """
+if rank == 1:
+    dist.new_group(backend="gloo")  # as it would
+    os._exit(0)
+try:
+    fit_wide(target=8)
+except Exception as error:
+    print(type(error).__name__, error, file=out)
+"""
+HANGS = """
+from datetime import timedelta
+from autobatch import ranks as talk
+talk.PATIENCE, talk.GRACE_SECONDS = timedelta(seconds=3), 1.0
+try:
+    with talk.failing_together(True):
+        if rank == 1:
+            time.sleep(15)
+        talk.gather(rank)
+except Exception as error:
+    print(type(error).__name__, error, file=out)
+os._exit(0)
 """
 
 
-def two_ranks(folder: Path, program: str) -> list[str]:
-    """Run a program on two ranks and give what each printed."""
-    source = PREAMBLE.format(tests=str(Path(__file__).parent), folder=folder) + textwrap.dedent(program)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", source, str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
-        for rank in range(2)
-    ]
-    try:
-        return [rank.communicate(timeout=150)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return torchrun(folder, 2, IMPORTS, smaller=SMALLER, unequal=UNEQUAL, fails=FAILS, alone=ALONE)
 
 
-def test_a_rank_with_less_memory_decides_for_all(tmp_path):
-    first, second = two_ranks(
-        tmp_path,
-        """
-        plan = fit_wide(target=101, memory_limit="600MiB" if rank else "900MiB")
-        print(plan.world_size, plan.rank, plan.max_micro_batch_size, sum(plan.micro_batch_sizes), plan.verified)
-        """,
-    )
-    assert first.split()[:2] == ["2", "0"]
-    assert second.split()[:2] == ["2", "1"]
-    assert first.split()[2] == second.split()[2]
-    assert int(first.split()[3]) + int(second.split()[3]) == 101
-    assert first.split()[4] == second.split()[4] == "True"
-
-
-def test_a_rank_that_fails_ends_all_with_its_reason(tmp_path):
-    first, second = two_ranks(
-        tmp_path,
-        """
-        def step(model, batch):
-            if rank == 1:
-                raise LookupError("on this rank only")
-            return model(batch[0]).mean()
-        try:
-            fit_wide(target=8, loss=None, training_step=step)
-        except Exception as error:
-            print(type(error).__name__, error)
-        """,
-    )
-    assert first.strip() == "RankFailed rank 1 failed: LookupError: on this rank only"
-    assert second.strip() == "LookupError on this rank only"
-
-
-def test_with_world_size_given_one_rank_may_ask_alone(tmp_path):
-    first, second = two_ranks(
-        tmp_path,
-        """
-        if rank == 0:
-            print(fit_wide(target=10, world_size=5).micro_batch_sizes)
-        """,
-    )
-    assert first.strip() == "(2,)"
-    assert second == ""
-
-
-def test_unequal_ranks_have_unequal_parts_that_add_up(tmp_path):
-    first, second = two_ranks(
-        tmp_path,
-        """
-        import json, time
-        def step(model, batch):
-            if rank == 1:
-                time.sleep(0.002 * len(batch[0]))  # a slower device
-            return model(batch[0]).square().mean()
-        plan = fit_wide(
-            target=301, loss=None, training_step=step, per_rank=True, memory_limit="900MiB" if rank else "600MiB")
-        plans = [plan.for_rank(r) for r in range(2)]
-        assert plans[rank].micro_batch_sizes == plan.micro_batch_sizes
-        print(json.dumps({
-            "parts": [share.samples for share in plan.rank_shares],
-            "largest": [share.max_micro_batch_size for share in plan.rank_shares],
-            "micro-batches": [p.micro_batch_sizes for p in plans],
-            "verified": plan.verified,
-        }))
-        """,
-    )
+def test_a_rank_with_less_memory_decides_for_all(on_two_ranks):
+    first, second = map(json.loads, on_two_ranks["smaller"])
     assert first == second
-    said = json.loads(first)
-    assert said["verified"]
-    assert said["largest"][0] < said["largest"][1]
-    assert said["parts"][0] > said["parts"][1]
-    assert [sum(sizes) for sizes in said["micro-batches"]] == said["parts"]
-    assert sum(said["parts"]) == 301
+    verified, largest, sizes = first
+    assert verified
+    assert largest < 61
+    assert [sum(of_rank) for of_rank in sizes] == [61, 60]
 
 
-def test_a_rank_that_never_comes_is_named(tmp_path):
-    first, _ = two_ranks(
-        tmp_path,
-        """
-        import os, time
-        if rank == 1:
-            dist.new_group(backend="gloo")
-            os._exit(0)
-        started = time.monotonic()
-        try:
-            fit_wide(target=8)
-        except Exception as error:
-            print(type(error).__name__, str(error)[:20], time.monotonic() - started < 60)
-        """,
-    )
-    assert first.strip() == "RankFailed rank 1 is missing: t True"
+def test_four_ranks_agree_as_well(tmp_path):
+    said = [json.loads(text) for text in torchrun(tmp_path, 4, IMPORTS, smaller=SMALLER)["smaller"]]
+    assert all(answer == said[0] for answer in said)
+    assert [sum(of_rank) for of_rank in said[0][2]] == [61, 60, 60, 60]
+
+
+def test_unequal_ranks_have_unequal_parts_that_add_up(on_two_ranks):
+    first, second = map(json.loads, on_two_ranks["unequal"])
+    assert first == second
+    assert first["verified"]
+    assert first["largest"][0] < first["largest"][1]
+    assert first["parts"][0] > first["parts"][1]
+    assert [sum(sizes) for sizes in first["micro-batches"]] == first["parts"]
+    assert sum(first["parts"]) == 121
+
+
+def test_a_rank_that_fails_ends_all_with_its_reason(on_two_ranks):
+    assert on_two_ranks["fails"] == [
+        "RankFailed rank 1 failed: LookupError: on this rank only",
+        "LookupError on this rank only",
+    ]
+
+
+def test_with_world_size_given_one_rank_may_ask_alone(on_two_ranks):
+    assert on_two_ranks["alone"] == ["(2,)", ""]
+
+
+@pytest.mark.parametrize("program", [DIES, HANGS], ids=["dies", "hangs"])
+def test_a_rank_that_never_comes_is_named(tmp_path, program):
+    (said, _) = torchrun(tmp_path, 2, IMPORTS, missing=program)["missing"]
+    assert said.startswith("RankFailed rank 1 is missing: the others waited in vain")

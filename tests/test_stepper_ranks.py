@@ -1,66 +1,34 @@
-"""Training on several ranks: real gloo processes started by torchrun, against plain training on the whole batch."""
-
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+"""Training on several ranks, against plain training on the whole batch."""
 
 import pytest
+from torchrun import torchrun
 
-PREAMBLE = """
-import copy, os, sys
-sys.path.insert(0, {tests!r})
-import torch
-import torch.distributed as dist
+IMPORTS = """
+import copy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from plans import plan_of
 from test_stepper import Kept, Tagger, distance, gradients_of, sample_mean, texts, token_mean
 torch.set_default_dtype(torch.float64)
-dist.init_process_group("gloo")
-rank, ranks = dist.get_rank(), dist.get_world_size()
+
+def fresh():
+    torch.manual_seed(0)
+    return Tagger()
 
 def own(plans, batch):
     '''This rank's share of a whole batch.'''
     start = sum(sum(plans(r).micro_batch_sizes) for r in range(rank))
-    return {{k: v[start : start + sum(plans(rank).micro_batch_sizes)] for k, v in batch.items()}}
+    return {k: v[start : start + sum(plans(rank).micro_batch_sizes)] for k, v in batch.items()}
 """
-
-
-def torchrun(folder: Path, ranks: int, **programs: str) -> dict[str, list[str]]:
-    """Run programs one after another on these ranks, and give what each of them wrote to `out` on every rank."""
-    source = PREAMBLE.format(tests=str(Path(__file__).parent))
-    for name, program in programs.items():
-        source += (
-            f"\nout = open(f'{folder}/{name}{{rank}}', 'w', buffering=1)\ntorch.manual_seed(0)\nmodel = Tagger()\n"
-        )
-        source += textwrap.dedent(program)
-    script = folder / "program.py"
-    script.write_text(source + "\ndist.destroy_process_group()\n")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        str(script),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return {name: [(folder / f"{name}{rank}").read_text().strip() for rank in range(ranks)] for name in programs}
-
-
 WHOLE = """
-plans = lambda r: plan_of(23, 3, ranks=ranks, rank=r)
-for recover in (True, False):
+model = fresh()
+for samples, recover in ((24, True), (23, True), (23, False)):
+    plans = lambda r: plan_of(samples, 3, ranks=ranks, rank=r)
     plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
     optimizer = Kept(model.parameters(), lr=0.1)
     stepper = plans(rank).stepper(wrapped, optimizer, training_step=token_mean, recover=recover)
     for seed in range(2):
-        whole = texts(23, seed=seed)
+        whole = texts(samples, seed=seed)
         expected = gradients_of(plain, token_mean, whole)
         loss = float(token_mean(plain, whole).detach())
         result = stepper.step(own(plans, whole))
@@ -69,6 +37,7 @@ for recover in (True, False):
 print(result.samples, result.micro_batches, file=out)
 """
 TRAVEL = """
+model = fresh()
 import torch.distributed as dist
 plans = lambda r: plan_of(24, 3, ranks=2, rank=r)
 for recover in (True, False):
@@ -94,6 +63,7 @@ for recover in (True, False):
     print(sum(n for n in calls if n > 1) == sum(p.numel() for p in twin.parameters()), file=out)
 """
 SHORT = """
+model = fresh()
 plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
 optimizer = Kept(model.parameters(), lr=0.1)
 plan = plan_of(24, 5, ranks=2, rank=rank, batch_dims={"tokens": 0, "labels": 0})
@@ -104,6 +74,7 @@ stepper.step({k: v[:3] if rank == 0 else v[3:] for k, v in whole.items()})
 print(distance(optimizer.seen, expected) < 1e-12, file=out)
 """
 UNUSED = """
+model = fresh()
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
@@ -123,6 +94,7 @@ plan.stepper(wrapped, optimizer, training_step=lambda m, b: m(b).mean(), reducti
 print([seen[name] for name in ("left.bias", "right.bias", "never.bias")], file=out)
 """
 OOM = """
+model = fresh()
 plans = lambda r: plan_of(24, 6, ranks=ranks, rank=r)
 plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
 def step(model, batch):
@@ -145,6 +117,7 @@ print(distance(list(model.parameters()), list(plain.parameters())) < 1e-10, file
 print([(e.step, e.from_size, e.to_size, e.rank) for e in stepper.events], stepper.micro_batch_sizes, file=out)
 """
 STATISTICS = """
+model = fresh()
 model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
 plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
 whole = torch.randn(21, 3, generator=torch.Generator().manual_seed(1)) + 3
@@ -158,6 +131,7 @@ print(torch.allclose(model[0].running_mean, plain[0].running_mean, rtol=1e-12), 
 print(model[0].num_batches_tracked.item(), file=out)
 """
 FAILS = """
+model = fresh()
 plans = lambda r: plan_of(24, 6, ranks=ranks, rank=r)
 def step(model, batch):
     if rank == 1:
@@ -171,6 +145,7 @@ except Exception as error:
     print(type(error).__name__, error, file=out)
 """
 DIES = """
+model = fresh()
 plans = lambda r: plan_of(24, 6, ranks=ranks, rank=r)
 def step(model, batch):
     if rank == 1:
@@ -184,6 +159,7 @@ except Exception as error:
     print(type(error).__name__, error, file=out)
 """
 SHARDED = """
+model = fresh()
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 plans = lambda r: plan_of(23, 3, ranks=ranks, rank=r)
@@ -217,6 +193,7 @@ def on_two_ranks(tmp_path_factory):
     return torchrun(
         tmp_path_factory.mktemp("ranks"),
         2,
+        IMPORTS,
         whole=WHOLE,
         travel=TRAVEL,
         short=SHORT,
@@ -229,13 +206,13 @@ def on_two_ranks(tmp_path_factory):
 
 
 def test_gradients_are_those_of_the_whole_batch_over_two_unequal_ranks(on_two_ranks):
-    """23 samples: ranks have unequal shares and unequal token counts."""
-    assert on_two_ranks["whole"] == ["True True\n" * 4 + size for size in ("12 4", "11 4")]
+    """24 samples, and 23, so that ranks have unequal shares; token counts are always unequal."""
+    assert on_two_ranks["whole"] == ["True True\n" * 6 + size for size in ("12 4", "11 4")]
 
 
 def test_gradients_are_those_of_the_whole_batch_over_four_ranks(tmp_path):
-    said = torchrun(tmp_path, 4, whole=WHOLE, oom=OOM)
-    assert said["whole"] == ["True True\n" * 4 + size for size in ("6 2", "6 2", "6 2", "5 2")]
+    said = torchrun(tmp_path, 4, IMPORTS, whole=WHOLE, oom=OOM)
+    assert said["whole"] == ["True True\n" * 6 + size for size in ("6 2", "6 2", "6 2", "5 2")]
     assert said["oom"] == ["True\n[(1, 6, 4, 1)] (3, 3)"] * 4
 
 
@@ -271,5 +248,5 @@ def test_a_rank_that_fails_ends_the_others_with_its_reason(on_two_ranks):
 
 
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
-    (said, _) = torchrun(tmp_path, 2, dies=DIES)["dies"]
+    (said, _) = torchrun(tmp_path, 2, IMPORTS, dies=DIES)["dies"]
     assert said.startswith("RankFailed rank 1 is missing")

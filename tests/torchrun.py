@@ -1,0 +1,43 @@
+"""Runs pieces of tests on several ranks: real gloo processes, started by torchrun."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+PREAMBLE = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch
+import torch.distributed as dist
+{imports}
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+"""
+
+
+def torchrun(folder: Path, count: int, imports: str = "", **programs: str) -> dict[str, list[str]]:
+    """Run programs one after another on `count` ranks.
+
+    Returns:
+        What each of them wrote to the file `out`, by its name and by rank.
+    """
+    source = PREAMBLE.format(tests=str(Path(__file__).parent), imports=textwrap.dedent(imports))
+    for name, program in programs.items():
+        source += f"\nout = open(f'{folder}/{name}{{rank}}', 'w', buffering=1)\n" + textwrap.dedent(program)
+    script = folder / "program.py"
+    script.write_text(source + "\ndist.destroy_process_group()\n")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        str(script),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return {name: [(folder / f"{name}{rank}").read_text().strip() for rank in range(count)] for name in programs}
