@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import warm
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,3 +29,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["AUTOBATCH_CACHE"]
     else:
         os.environ["AUTOBATCH_CACHE"] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _children_that_have_torch() -> Iterator[None]:
+    """The processes that trials and traces run in are forked from one that has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autobatch.child._start", warm.start_child)
+        yield
