@@ -1,10 +1,10 @@
 """What ranks agree on, in real gloo processes on this machine."""
 
-import os
-import subprocess
-import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import warm
 
 PREAMBLE = """
 import sys; sys.path.insert(0, {tests!r})
@@ -18,16 +18,8 @@ dist.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, 
 def two_ranks(folder: Path, program: str) -> list[str]:
     """Run a program on two ranks and give what each printed."""
     source = PREAMBLE.format(tests=str(Path(__file__).parent), folder=folder) + textwrap.dedent(program)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", source, str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
-        for rank in range(2)
-    ]
-    try:
-        return [rank.communicate(timeout=150)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with ThreadPoolExecutor() as together:
+        return list(together.map(lambda rank: warm.run(source, str(rank)).stdout, range(2)))
 
 
 def test_a_rank_with_less_memory_decides_for_all(tmp_path):

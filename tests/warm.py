@@ -11,10 +11,12 @@ import fcntl
 import gc
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -23,6 +25,7 @@ from functools import cache
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _HIGH = 1000
 """Descriptors from here on are nobody's."""
+_one_at_a_time = threading.Lock()
 
 
 class Process:
@@ -31,15 +34,16 @@ class Process:
     def __init__(self, code, descriptors, arguments=(), cwd=None, new_session=False):
         """`descriptors`: what each descriptor of the new process is here."""
         request = (code, list(descriptors), list(arguments), cwd or os.getcwd(), dict(os.environ), new_session)
-        server = _server()
-        # The fork's own parent ends at once, and the fork becomes a child of the nearest process that takes orphans in.
-        _take_orphans_in(True)
-        try:
-            socket.send_fds(server, [pickle.dumps(request)], list(descriptors.values()))
-            self.pid = int(server.recv(64))
-            assert server.recv(64) == b"left alone"
-        finally:
-            _take_orphans_in(False)
+        with _one_at_a_time:
+            server = _server()
+            # The fork's own parent ends at once, and the fork becomes a child of the next process that takes orphans.
+            _take_orphans(True)
+            try:
+                socket.send_fds(server, [pickle.dumps(request)], list(descriptors.values()))
+                self.pid = int(server.recv(64))
+                assert server.recv(64) == b"left alone"
+            finally:
+                _take_orphans(False)
         self.returncode = None
 
     def poll(self):
@@ -70,12 +74,16 @@ def run(code, *arguments, cwd=None):
     """Run code to its end, as `subprocess.run` does with its output captured as text."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull) as null:
         process = Process(code, {0: null.fileno(), 1: out.fileno(), 2: err.fileno()}, arguments, cwd)
-        process.wait(timeout=120)
+        try:
+            process.wait(timeout=150)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            raise
         texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
     return subprocess.CompletedProcess(arguments, process.returncode, *texts)
 
 
-def _take_orphans_in(wanted):
+def _take_orphans(wanted):
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
