@@ -1,4 +1,4 @@
-"""`autobatch probe`: a training plan from real trials, or a profile of the device."""
+"""`autobatch probe`: a training plan from real or predicted trials, or a profile of the device."""
 
 from __future__ import annotations
 
@@ -67,9 +67,10 @@ def probe(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make a training plan by running real training steps.
+    """Make a training plan by running real training steps; for a GPU that isn't here, by predicting them.
 
-    Exit codes: 0 a plan; 1 nothing fits; 2 bad usage; 3 the model's own code failed; 130 interrupted.
+    Exit codes: 0 a plan; 1 nothing fits; 2 bad usage; 3 the model's own code failed, or cannot be traced; 130
+    interrupted.
     """
     with explained(debug):
         from autobatch.units import parse_bytes
