@@ -98,16 +98,14 @@ def test_what_is_held_at_rest_does_not_grow_with_the_batch():
 
 
 def test_large_blocks_come_from_the_heap_as_they_do_after_some_steps():
-    code = """
-import ctypes
-from autobatch.devices import process_memory
-process_memory.age_heap()
-block = process_memory._LIBC.malloc(16 << 20)
-(heap,) = (line.split()[0] for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]"))
-start, end = (int(address, 16) for address in heap.split("-"))
-assert start < block < end
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    def look(n):
+        block = torch.empty(16 * MIB, dtype=torch.uint8)
+        (heap,) = (line.split()[0] for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]"))
+        start, end = (int(address, 16) for address in heap.split("-"))
+        assert start < block.data_ptr() < end
+
+    (trial,) = run(step_of(on_forward=look), (1, 1))
+    assert trial.verdict is Verdict.FITS
 
 
 def test_bytes_in_use_leave_out_what_is_free_in_the_heap(monkeypatch):
