@@ -35,13 +35,13 @@ class Process:
         """`descriptors`: what each descriptor of the new process is here."""
         request = (code, list(descriptors), list(arguments), cwd or os.getcwd(), dict(os.environ), new_session)
         with _one_at_a_time:
-            server = _server()
+            connection = server()
             # The fork's own parent ends at once, and the fork becomes a child of the next process that takes orphans.
             _take_orphans(True)
             try:
-                socket.send_fds(server, [pickle.dumps(request)], list(descriptors.values()))
-                self.pid = int(server.recv(64))
-                assert server.recv(64) == b"left alone"
+                socket.send_fds(connection, [pickle.dumps(request)], list(descriptors.values()))
+                self.pid = int(connection.recv(64))
+                assert connection.recv(64) == b"left alone"
             finally:
                 _take_orphans(False)
         self.returncode = None
@@ -88,12 +88,13 @@ def _take_orphans(wanted):
 
 
 @cache
-def _server():
+def server():
     """Our end of the socket to the process that is forked. That ends when this one does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    command = [sys.executable, __file__, str(theirs.fileno())]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
-    atexit.register(lambda: (ours.close(), server.wait()))
+    atexit.register(lambda: (ours.close(), process.wait()))
     return ours
 
 
