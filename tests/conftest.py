@@ -9,6 +9,10 @@ import pytest
 import torch
 import warm
 
+from autobatch import child
+
+START = child._start
+
 # A shell that starts a job in the background has it ignore Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,5 +46,11 @@ def _imports_are_here_to_stay() -> None:
 def _children_that_have_torch() -> Iterator[None]:
     """The processes that trials and traces run in are forked from one that has imported torch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autobatch.child._start", warm.start_child)
+        patch.setattr(child, "_start", warm.start_child)
         yield
+
+
+@pytest.fixture
+def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are new Python processes, as for users: a fork's heap has other gaps, which moves peaks by some per cent."""
+    monkeypatch.setattr(child, "_start", START)

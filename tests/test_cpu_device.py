@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import warm
 from torch import nn
 
 from autobatch.devices import process_memory
@@ -19,6 +18,8 @@ from autobatch.devices.cpu import CpuDevice
 from autobatch.errors import TrialCrashed, WorkloadNotPortable
 from autobatch.plan import Verdict
 from autobatch.workload.step import TrainingStep
+
+pytestmark = pytest.mark.usefixtures("new_interpreters")
 
 MIB = 1 << 20
 LIMIT = 900 * MIB
@@ -47,7 +48,6 @@ def children() -> list[psutil.Process]:
 
 @pytest.fixture(autouse=True)
 def _no_child_is_left():
-    warm.server()  # which stays
     before = {p.pid for p in children()}
     yield
     assert {p.pid for p in children()} <= before

@@ -63,6 +63,7 @@ def random_state():
     return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
 
 
+@pytest.mark.usefixtures("new_interpreters")
 def test_the_plan_hits_the_target_with_sizes_that_ran():
     plan = fit_wide(target=200)
     fitting = {size for trial in plan.trials if trial.fits for size in trial.micro_batch_sizes}
@@ -83,6 +84,7 @@ def test_where_the_whole_target_fits_it_is_run_as_one_micro_batch():
     assert plan.max_is_exact
 
 
+@pytest.mark.usefixtures("new_interpreters")
 def test_gradients_held_between_micro_batches_are_in_the_answer():
     """With 64 MiB of parameters, accumulating takes 64 MiB more than one pass does."""
     model = Wide(fixed_mib=64)
@@ -105,8 +107,9 @@ def test_gradients_held_between_micro_batches_are_in_the_answer():
     assert growth > 32 * MIB
 
 
+@pytest.mark.usefixtures("new_interpreters")
 def test_exact_proves_that_more_does_not_fit():
-    plan = fit_wide(target=1000, exact=True, memory_limit="450MiB")
+    plan = fit_wide(target=1000, exact=True)
     assert plan.max_is_exact
     beyond = [t for t in plan.trials if t.micro_batch_size == plan.max_micro_batch_size + 1]
     assert any(not trial.fits for trial in beyond)

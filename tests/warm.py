@@ -1,8 +1,8 @@
 """Processes that have imported torch already: forks of one that has, as four seconds for each of some hundred would be
 most of the suite's time.
 
-They are real processes all the same, children of this one. That a new interpreter does as well is for those tests to
-prove that start one: they use `subprocess`.
+They are real processes all the same, children of this one. What a new interpreter does is for those tests to prove that
+start one, by `subprocess` or the fixture `new_interpreters`.
 """
 
 import atexit
