@@ -27,15 +27,7 @@ class Child:
             f"import sys; sys.path[:] = {json.dumps([p for p in sys.path if isinstance(p, str)])}\n"
             f"from {module} import main; main({theirs.fileno()}, {os.getpid()})"
         )
-        # In a session of its own, so that Ctrl-C reaches only the caller, which then ends the child.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._process = _start(code, theirs.fileno())
         theirs.close()
         self._socket = ours
         self._status: int | None = None
@@ -63,6 +55,18 @@ class Child:
             self.reader.close()
         self._status = self._process.wait() if status is None else status
         return self._status
+
+
+def _start(code: str, descriptor: int) -> subprocess.Popen[bytes]:
+    # In a session of its own, so that Ctrl-C reaches only the caller, which then ends the child.
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def die_with(parent: int) -> None:

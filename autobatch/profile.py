@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from autobatch.devices import get_device
 from autobatch.errors import NothingFits
 from autobatch.fitting import fit
-from autobatch.plan import DeviceInfo, TrainingPlan
+from autobatch.plan import DeviceInfo, TrainingPlan, Trial
 from autobatch.precision import Precision
 from autobatch.progress import OnProgress
 from autobatch.workload.reference import REFERENCES, Reference
@@ -28,8 +28,11 @@ class ReferenceResult(_Data):
     parameters: int
     plan: TrainingPlan | None
     """The plan for the target; None where not a single sample fits."""
+    peak_bytes: int | None = None
+    """What the training process took with the largest micro-batch that fits. The plan itself may take less: it cuts the
+    target into equal parts."""
     samples_per_second: float | None
-    """Of the optimizer step with the largest micro-batch that fits."""
+    """Of an optimizer step with that micro-batch; None where it was not timed."""
     problem: str = ""
     """Why there is no plan."""
 
@@ -77,6 +80,7 @@ def profile_device(
         on_reference(reference)
         workload = reference.build(precision)
         plan, problem = None, ""
+        largest: list[Trial] = []
         try:
             plan = fit(
                 workload,
@@ -88,6 +92,7 @@ def profile_device(
                 exact=exact,
                 progress=progress,
             )
+            largest = [t for t in plan.trials if t.fits and t.micro_batch_size == plan.max_micro_batch_size]
         except NothingFits as error:
             problem = str(error)
         results.append(
@@ -96,7 +101,8 @@ def profile_device(
                 description=reference.description,
                 parameters=sum(parameter.numel() for parameter in workload.model.parameters()),
                 plan=plan,
-                samples_per_second=_throughput(plan) if plan else None,
+                peak_bytes=max((trial.peak_bytes or 0 for trial in largest), default=None),
+                samples_per_second=_throughput(largest),
                 problem=problem,
             )
         )
@@ -111,9 +117,6 @@ def profile_device(
     )
 
 
-def _throughput(plan: TrainingPlan) -> float | None:
-    timed = [trial for trial in plan.trials if trial.fits and trial.step_seconds]
-    if not timed:
-        return None
-    largest = max(timed, key=lambda trial: trial.micro_batch_size)
-    return sum(largest.micro_batch_sizes) / (largest.step_seconds or float("nan"))
+def _throughput(trials: list[Trial]) -> float | None:
+    rates = (sum(trial.micro_batch_sizes) / trial.step_seconds for trial in trials if trial.step_seconds)
+    return next(rates, None)

@@ -1,11 +1,17 @@
 """What the tests need before they start."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+import warm
+
+from autobatch import child
+
+START = child._start
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,3 +34,23 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["AUTOBATCH_CACHE"]
     else:
         os.environ["AUTOBATCH_CACHE"] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imports_are_here_to_stay() -> None:
+    """Trials collect garbage between them, and need not look through all modules for it each time."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _children_that_have_torch() -> Iterator[None]:
+    """The processes that trials and traces run in are forked from one that has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "_start", warm.start_child)
+        yield
+
+
+@pytest.fixture
+def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are new Python processes, as for users: a fork's heap has other gaps, which moves peaks by some per cent."""
+    monkeypatch.setattr(child, "_start", START)

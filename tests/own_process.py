@@ -5,6 +5,8 @@ import subprocess
 import sys
 import textwrap
 
+import warm
+
 PRELUDE = """
 import torch
 from torch import nn
@@ -35,12 +37,12 @@ def operators(trace, *phases):
 
 
 def in_its_own_process(code, **environment):
-    """What it printed. It fails as the code fails."""
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    """What it printed. It fails as the code fails. With a changed environment, it is a new interpreter."""
+    program = PRELUDE + textwrap.dedent(code)
+    if environment:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    else:
+        done = warm.run(program)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 
 import autobatch
 from autobatch import Estimate, cache
@@ -33,11 +34,16 @@ def folder(tmp_path):
     return tmp_path
 
 
-def command(folder, *arguments, setup=""):
-    code = f"import sys\n{setup}\nfrom autobatch.cli import app\nsys.argv[0] = 'autobatch'\napp()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+COMMAND = "import sys; from autobatch.cli import app; sys.argv[0] = 'autobatch'; app()"
+
+
+def command(folder, *arguments):
+    return warm.run(COMMAND, *arguments, cwd=folder)
+
+
+def command_without_torch(folder, *arguments):
+    code = f"import sys; sys.modules['torch'] = None; {COMMAND}"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True)
 
 
 def test_an_estimate_is_shown_and_drawn(folder):
@@ -97,10 +103,10 @@ def test_an_answer_about_a_librarys_model_is_given_again_without_torch(folder):
         pytest.skip("torchvision is not installed")
     cache.save(key, f"[{estimate.model_dump_json()}]".encode())
     ask = ["estimate", "torchvision:resnet18", "-n", "4", "--device", "t4", "--json"]
-    done = command(folder, *ask, setup="sys.modules['torch'] = None")
+    done = command_without_torch(folder, *ask)
     assert Estimate.model_validate_json(done.stdout) == estimate
     cache.save(key, b"damaged")
-    assert command(folder, *ask, setup="sys.modules['torch'] = None").returncode != 0  # it would have to be worked out
+    assert command_without_torch(folder, *ask).returncode != 0  # it would have to be worked out
 
 
 def _layer():

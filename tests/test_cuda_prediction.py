@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from test_cuda import CONTEXT, MIB, FakeMemory, a_device, a_step
+from fake_cuda import CONTEXT, MIB, FakeMemory, a_device, a_step
 
 from autobatch.errors import NotTraceable
 from autobatch.plan import Verdict

@@ -5,7 +5,13 @@ import json
 import pytest
 from torchrun import torchrun
 
-IMPORTS = "import json\nimport time\nfrom test_fit import *"
+IMPORTS = """
+import json, time
+import warm
+from autobatch import child
+from test_fit import *
+child._start = warm.start_child
+"""
 
 SMALLER = """
 plan = fit_wide(target=60 * ranks + 1, memory_limit="430MiB" if rank == 1 else "520MiB")

@@ -1,11 +1,9 @@
 """Recurrent layers on the stand-in device: as cuDNN runs them, with the shapes that the CPU's have."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
+import warm
 
 from autobatch.prediction.recurrent import CELLS, Network
 
@@ -55,12 +53,7 @@ PACKED = nn.utils.rnn.pack_sequence([torch.randn(n, 12) for n in (7, 5, 5, 2)])
 
 
 def in_its_own_process(code):
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = warm.run(PRELUDE + textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
 
 

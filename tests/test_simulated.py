@@ -1,10 +1,12 @@
 """Plans and estimates for GPUs that aren't here."""
 
+import io
 import json
 import random
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import autobatch
@@ -13,6 +15,9 @@ from autobatch.devices import get_device
 from autobatch.devices.simulated import SimulatedDevice
 from autobatch.devices.target import find_target
 from autobatch.prediction.tracing import traced
+from autobatch.profile import profile_device
+from autobatch.report.tables import profile_view
+from autobatch.units import format_bytes
 
 GIB = 1 << 30
 
@@ -203,3 +208,18 @@ def test_a_compiled_model_is_predicted_as_it_was_written():
     compiled.compile()
     peaks = {autobatch.estimate(m, 64, device="t4").allocated_peak_bytes for m in (plain, compiled, wrapped)}
     assert len(peaks) == 1
+
+
+def test_a_profile_shows_the_peak_of_the_micro_batch_that_it_shows():
+    profile = profile_device(4096, device="rtx-3090", memory_limit=GIB)
+    plans = [result.plan for result in profile.results]
+    assert all(plan.accumulation_steps > 1 for plan in plans[1:])  # else the plan is that very micro-batch
+    for result in profile.results:
+        (peak,) = {
+            t.peak_bytes for t in result.plan.trials if t.micro_batch_sizes[0] == result.plan.max_micro_batch_size
+        }
+        assert result.peak_bytes == peak
+    assert any(result.peak_bytes > result.plan.peak_bytes for result in profile.results)
+    console = Console(file=io.StringIO())
+    console.print(profile_view(profile))
+    assert all(format_bytes(result.peak_bytes) in console.file.getvalue() for result in profile.results)

@@ -1,4 +1,5 @@
-"""What the commands share: failures said in one line with an exit code, and files checked before the long work."""
+"""What the commands share: options, failures said in one line with an exit code, and files checked before the long
+work."""
 
 from __future__ import annotations
 
@@ -9,10 +10,22 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from autobatch.errors import AutobatchError, InvalidInput
+from autobatch.precision import Precision
+
+MemoryLimitOption = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Behave as if the device had this much, such as 8GiB.")
+]
+PrecisionOption = Annotated[
+    Precision | None, typer.Option("--precision", help="Autocast to it. Default: fp32, or the Workload's own.")
+]
+HeadroomOption = Annotated[float, typer.Option(help="The share of the memory to leave free.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 USER_CODE_FAILED = 3
 INTERRUPTED = 130

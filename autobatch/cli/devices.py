@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from autobatch.cli.common import check_output, explained
+from autobatch.cli.common import DebugOption, check_output, explained
 from autobatch.errors import InvalidInput
 from autobatch.files import write_whole
 
@@ -29,7 +29,7 @@ def devices(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Save the profile here.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """List the devices that trials can run on, and their memory; or the GPUs that can be simulated."""
     with explained(debug):

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autobatch import cache
-from autobatch.cli.common import check_output, explained
+from autobatch.cli.common import (
+    DebugOption,
+    HeadroomOption,
+    JsonOption,
+    MemoryLimitOption,
+    PrecisionOption,
+    check_output,
+    explained,
+)
 from autobatch.errors import InvalidInput, NothingFits
 from autobatch.precision import Precision
 
@@ -34,23 +42,17 @@ def estimate(
             "`autobatch devices --catalog` lists them.",
         ),
     ] = "",
-    memory_limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Behave as if the device had this much, such as 8GiB.")
-    ] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Autocast to it. Default: fp32, or the Workload's own.")
-    ] = None,
-    headroom: Annotated[float, typer.Option(help="The share of the memory to leave free.")] = 0.05,
+    memory_limit: MemoryLimitOption = None,
+    precision: PrecisionOption = None,
+    headroom: HeadroomOption = 0.05,
     accumulation: Annotated[
         bool, typer.Option("--accumulation", help="Hold the gradients of an earlier micro-batch meanwhile.")
     ] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the step's memory over time into this file.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Predict what a training step takes on a GPU that isn't here, and which modules take it.
 

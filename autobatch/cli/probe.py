@@ -1,4 +1,4 @@
-"""`autobatch probe`: a training plan from real trials, or a profile of the device."""
+"""`autobatch probe`: a training plan from real or predicted trials, or a profile of the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autobatch.cli.common import check_output, explained
+from autobatch.cli.common import (
+    DebugOption,
+    HeadroomOption,
+    JsonOption,
+    MemoryLimitOption,
+    PrecisionOption,
+    check_output,
+    explained,
+)
 from autobatch.errors import InvalidInput, NothingFits, PlanFileError
 from autobatch.files import write_whole
 from autobatch.precision import Precision
@@ -46,28 +54,23 @@ def probe(
             "rtx-4090, 24GiB, or a saved profile."
         ),
     ] = None,
-    memory_limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Behave as if the device had this much, such as 8GiB.")
-    ] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Autocast to it. Default: fp32, or the Workload's own.")
-    ] = None,
-    headroom: Annotated[float, typer.Option(help="The share of the memory to leave free.")] = 0.05,
+    memory_limit: MemoryLimitOption = None,
+    precision: PrecisionOption = None,
+    headroom: HeadroomOption = 0.05,
     world_size: Annotated[int | None, typer.Option(help="Ranks that share the target. Default: 1.")] = None,
     max_micro_batch: Annotated[int | None, typer.Option(help="Never try more samples than this.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Prove that one more sample does not fit.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Save the result as JSON.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
-    ] = False,
+    as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Make a training plan by running real training steps.
+    """Make a training plan by running real training steps; for a GPU that isn't here, by predicting them.
 
-    Exit codes: 0 a plan; 1 nothing fits; 2 bad usage; 3 the model's own code failed; 130 interrupted.
+    Exit codes: 0 a plan; 1 nothing fits; 2 bad usage; 3 the model's own code failed, or cannot be traced; 130
+    interrupted.
     """
     with explained(debug):
         from autobatch.units import parse_bytes

@@ -40,9 +40,15 @@ def profile_view(profile: DeviceProfile) -> RenderableType:
         cells = ("nothing fits", "", "")
         if result.plan is not None:
             speed = f"{result.samples_per_second:,.0f}" if result.samples_per_second is not None else "unknown"
-            cells = (str(result.plan.max_micro_batch_size), format_bytes(result.plan.peak_bytes), speed)
+            peak = format_bytes(result.peak_bytes) if result.peak_bytes is not None else "unknown"
+            cells = (str(result.plan.max_micro_batch_size), peak, speed)
         table.add_row(result.name, f"{result.parameters / 1e6:.1f} M", *cells)
     notes = [Text(f"{result.name}: {result.description}", style="dim") for result in profile.results]
-    notes.append(Text(f"micro-batch: the largest that fits, tried up to {profile.target_batch_size}", style="dim"))
+    notes.append(
+        Text(
+            f"micro-batch: the largest that fits, tried up to {profile.target_batch_size}; the rest is with that",
+            style="dim",
+        )
+    )
     problems = [Text(f"{result.name}: {result.problem}", style="red") for result in profile.results if result.problem]
     return Group(Text(title), table, *notes, *problems)
