@@ -20,6 +20,7 @@ from autobatch.precision import Precision
 from autobatch.prediction import attribution
 from autobatch.prediction.accuracy import ERROR_BOUND
 from autobatch.prediction.attention import generation
+from autobatch.prediction.bugs import bugs_as_they_are
 from autobatch.prediction.predictor import Predictor
 from autobatch.prediction.replay import replay
 from autobatch.prediction.tracing import TracedStep, traced
@@ -62,6 +63,7 @@ def estimate(
         InvalidInput: an argument cannot be used, or the inputs of a bare model cannot be inferred.
         NotTraceable: the step cannot be traced; the error names operator, module and line.
         WorkloadNotPortable: it cannot be sent to the process that traces it.
+        Exception: what the model's own code raises, as it is, with the micro-batch size in a note.
     """
     workload = as_workload(model, data, loss, training_step, optimizer, precision)
     (found,) = estimates(workload, batch_size, [device], memory_limit, headroom, accumulation)
@@ -92,7 +94,7 @@ def estimates(
         step = resolve(workload)
         for kind in dict.fromkeys(generation(target.capability) for target in targets):
             same = [i for i, target in enumerate(targets) if generation(target.capability) == kind]
-            with traced(step, targets[same[0]].capability) as steps:
+            with bugs_as_they_are(step), traced(step, targets[same[0]].capability) as steps:
                 for i in same:
                     question = _Question(step, steps, targets[i], limit, headroom, accumulation)
                     found[i] = question.answer(batch_size)

@@ -18,9 +18,9 @@ import torch
 from autobatch.devices.base import RunTrial
 from autobatch.devices.cuda_memory import CudaMemory, open_gpu, pci_bus_id
 from autobatch.devices.nvml import GpuProcess, GpuReading, read_gpu
-from autobatch.devices.oom import Diagnosis, Failure, add_note, chain, classify
+from autobatch.devices.oom import Diagnosis, Failure, chain, classify
 from autobatch.devices.prediction import Predictions, conditions_of, predictions
-from autobatch.errors import DevicePoisoned, DeviceUnavailable, NothingFits, NotTraceable, WorkloadNotPortable
+from autobatch.errors import DevicePoisoned, DeviceUnavailable, NothingFits, NotTraceable, WorkloadNotPortable, add_note
 from autobatch.plan import DeviceInfo, Trial, Verdict
 from autobatch.units import format_bytes
 from autobatch.workload.runner import StepRunner, gradient_bytes

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from autobatch.devices.base import RunTrial
 from autobatch.devices.target import Target
 from autobatch.plan import DeviceInfo, Trial, Verdict
+from autobatch.prediction.bugs import bugs_as_they_are
 from autobatch.prediction.predictor import Predictor
 from autobatch.prediction.tracing import traced
 from autobatch.workload.step import TrainingStep
@@ -53,8 +54,9 @@ class SimulatedDevice:
 
         Raises:
             NotTraceable: it cannot be.
+            Exception: the user's own code does, here and on a CPU.
         """
-        with traced(step, self.target.capability) as steps:
+        with bugs_as_they_are(step), traced(step, self.target.capability) as steps:
             predictor = Predictor(steps, self.target.conditions)
             self.predicted = lambda sizes: self.context_bytes + predictor.need(sizes).capacity_bytes
             self.warnings.extend(steps.warnings)

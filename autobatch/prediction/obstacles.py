@@ -20,9 +20,16 @@ class Obstacle:
     line: str
 
 
-def explained(error: Exception, where: Obstacle | None) -> NotTraceable:
-    """The error for the user."""
+def explained(error: Exception, where: Obstacle | None, samples: int = 0) -> NotTraceable:
+    """The error for the user.
+
+    Args:
+        error: what was raised.
+        where: the operator that raised it, or None if none did.
+        samples: those of the micro-batch that was traced.
+    """
     where = where or Obstacle("", "", "")
+    raised = ""
     at = f"{where.operator} in {where.module or 'the step itself'} ({where.line})"
     needs_values = isinstance(error, DEPENDS_ON_VALUES)
     if needs_values:
@@ -39,6 +46,7 @@ def explained(error: Exception, where: Obstacle | None) -> NotTraceable:
             "right shapes."
         )
     else:
+        raised = type(error).__name__
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         message = (
             f"the step cannot be traced without its GPU: {type(error).__name__}: {first}"
@@ -46,7 +54,7 @@ def explained(error: Exception, where: Obstacle | None) -> NotTraceable:
             + ". If the same step runs on a GPU, this is a limit of tracing; probe on the device itself."
         )
     text = "".join(traceback.format_exception(error))
-    return NotTraceable(message, where.operator, where.module, where.line, needs_values, text)
+    return NotTraceable(message, where.operator, where.module, where.line, needs_values, text, raised, samples)
 
 
 def _qualified(operator: str) -> str:

@@ -49,6 +49,8 @@ class Recorder(TorchDispatchMode):
         self._values = values
         self._uses_once = _uses_of_a_gradient_held_once()
         self.phase = Phase.SETUP
+        self.samples = 0
+        """Those of the micro-batch that is running, or ran last."""
         self.events: list[int] = []
         self._sizes: list[int] = []
         self._made: list[tuple[str, str, str, Phase]] = []
@@ -141,6 +143,8 @@ class Recorder(TorchDispatchMode):
         """
         if phase in (Phase.BATCH, Phase.OPTIMIZER):
             self._sections.append(Section(samples, len(self.events), len(self._sizes), len(self._hidden)))
+        if phase is Phase.BATCH:
+            self.samples = samples
         if phase is Phase.BACKWARD:
             for number in self._alive.values():
                 if self._made[number][3] in (Phase.FORWARD, Phase.LOSS):

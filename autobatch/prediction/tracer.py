@@ -53,8 +53,10 @@ def trace_steps(
     _see_what_is_there(recorder, shadow, optimizer)
     _note_optimizer_state(recorder, shadow, optimizer)
     # Made on the host and with real values, as training makes them.
-    with _failures_explained(recorder):
-        batches = {n: map_arrays(partial(_on_host, mode, values), step.make_batch(n)) for n in set().union(*steps)}
+    batches = {}
+    for n in set().union(*steps):
+        with _failures_explained(recorder, n):
+            batches[n] = map_arrays(partial(_on_host, mode, values), step.make_batch(n))
     if values is not None:
         for tensor in (*step.model.parameters(), *step.model.buffers()):
             if not tensor.is_meta:
@@ -98,13 +100,13 @@ def trace_steps(
 
 
 @contextmanager
-def _failures_explained(recorder: Recorder) -> Iterator[None]:
+def _failures_explained(recorder: Recorder, samples: int | None = None) -> Iterator[None]:
     try:
         yield
     except AutobatchError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever the user's code raises is explained, and stays an error
-        raise explained(error, recorder.failed) from None
+        raise explained(error, recorder.failed, recorder.samples if samples is None else samples) from None
 
 
 def _on_host(mode: FakeTensorMode, values: Values | None, leaf: Any) -> Any:

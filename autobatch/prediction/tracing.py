@@ -18,6 +18,7 @@ from autobatch.child import Child, die_with, pipe_from
 from autobatch.errors import AutobatchError, NotTraceable, WorkloadNotPortable
 from autobatch.prediction.affine import FEW_SAMPLES, STEPS, AffineSteps, NotAffine, Run
 from autobatch.prediction.fingerprint import fingerprint
+from autobatch.prediction.obstacles import explained
 from autobatch.prediction.trace import Trace
 from autobatch.workload import ship
 from autobatch.workload.runner import make_optimizer
@@ -228,14 +229,10 @@ def main(descriptor: int, parent: int) -> None:
                 answer: Run | AutobatchError = run(steps)
             except AutobatchError as error:
                 answer = error
-            except Exception:  # noqa: BLE001  # an optimizer may refuse its arguments: the caller is told
-                answer = NotTraceable(f"the step cannot be traced: {_last_line()}", details=traceback.format_exc())
+            except Exception as error:  # noqa: BLE001  # an optimizer may refuse its arguments: the caller is told
+                answer = explained(error, None)
             pickle.dump(answer, writer)
             writer.flush()
-
-
-def _last_line() -> str:
-    return traceback.format_exc().strip().splitlines()[-1]
 
 
 _SDP = torch.backends.cuda
