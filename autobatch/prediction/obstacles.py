@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from dataclasses import dataclass
 
@@ -45,6 +46,12 @@ def explained(error: Exception, where: Obstacle | None, samples: int = 0) -> Not
             f'for it, @torch.library.register_fake("{_qualified(where.operator)}"), that gives empty tensors of the '
             "right shapes."
         )
+    elif isinstance(error, AttributeError) and (unknown := _UNKNOWN_OPERATOR.search(str(error))):
+        message = (
+            f"the step cannot be traced: the operator {unknown[1]}::{unknown[2]} is not there in the process that "
+            "traces it. What a script defines with torch.library.define is not sent there: use "
+            "torch.library.custom_op, or define it in a module that the model's module imports."
+        )
     else:
         raised = type(error).__name__
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
@@ -55,6 +62,9 @@ def explained(error: Exception, where: Obstacle | None, samples: int = 0) -> Not
         )
     text = "".join(traceback.format_exception(error))
     return NotTraceable(message, where.operator, where.module, where.line, needs_values, text, raised, samples)
+
+
+_UNKNOWN_OPERATOR = re.compile(r"'_OpNamespace' '(\w+)' object has no attribute '(\w+)'")
 
 
 def _qualified(operator: str) -> str:
