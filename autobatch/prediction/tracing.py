@@ -53,6 +53,8 @@ class TracedStep:
         """Why sizes have to be traced one by one, or ""."""
         self.caveat = ""
         """What the user should know about it, or ""."""
+        self.left_out = ""
+        """What of the step could not be traced, in a sentence, or ""."""
         try:
             self.even = AffineSteps.of(run(steps))
         except NotAffine as reason:
@@ -62,14 +64,14 @@ class TracedStep:
     def of(cls, even: AffineSteps) -> TracedStep:
         """Those of a step that was traced before."""
         steps = cls.__new__(cls)
-        steps.even, steps.uneven, steps.caveat = even, "", ""
+        steps.even, steps.uneven, steps.caveat, steps.left_out = even, "", "", ""
         return steps
 
     @property
     def warnings(self) -> list[str]:
         """What the user should know about these traces, in sentences."""
         uneven = f"every size was traced by itself, as {self.uneven}." if self.uneven else ""
-        return [text for text in (uneven, self.caveat) if text]
+        return [text for text in (uneven, self.caveat, self.left_out) if text]
 
     def of_sizes(self, sizes: tuple[int, ...]) -> Trace:
         """A warm-up step, and one with micro-batches of these samples.
@@ -117,7 +119,9 @@ def traced(step: TrainingStep, capability: tuple[int, int] = (8, 0)) -> Iterator
     weights = _weights(step)
     key = fingerprint(step, capability, weights, _switches())
     known = _known(key)
+    left_out = ship.hooks_left_behind(step.model)
     if known is not None:
+        known.left_out = left_out
         yield known
         return
     with ExitStack() as stack:
@@ -139,6 +143,7 @@ def traced(step: TrainingStep, capability: tuple[int, int] = (8, 0)) -> Iterator
                 steps = _with_values(error, TracedStep(partial(run, Known.ALL), FEW_SAMPLES))
         if steps.even is not None and not steps.caveat:
             cache.save(key, pickle.dumps(steps.even, protocol=pickle.HIGHEST_PROTOCOL))
+        steps.left_out = left_out
         yield steps
 
 

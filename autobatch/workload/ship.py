@@ -100,6 +100,23 @@ def _memory_of(storage: torch.UntypedStorage) -> memoryview:
     return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
 
 
+def hooks_left_behind(model: nn.Module) -> str:
+    """A sentence about the hooks on parameters, which pickle leaves out; "" where there are none."""
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    ]
+    if not names:
+        return ""
+    named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"the hooks on parameters ({named}) did not run, as they cannot be sent to another process: the gradients are "
+        "held until the optimizer's step, also where a hook would use and free them in the backward pass, and what "
+        "hooks allocate is not counted."
+    )
+
+
 def dump(obj: object, stream: BinaryIO, without: Collection[int] = ()) -> None:
     """Write `obj` to `stream`, for `load` in another process.
 
