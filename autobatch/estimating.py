@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import autobatch
-from autobatch.devices.simulated import SimulatedDevice
+from autobatch.devices.simulated import SimulatedDevice, precision_warnings
 from autobatch.devices.target import Target, find_target
 from autobatch.errors import InvalidInput
 from autobatch.estimates import Estimate, Interval
@@ -156,7 +156,12 @@ class _Question:
                 "torch": torch.__version__,
             },
             assumptions=(*self._step.assumptions, *self._device.assumptions),
-            warnings=(*self._step.warnings, *self._steps.warnings),
+            warnings=(
+                *self._step.warnings,
+                *self._device.warnings,
+                *precision_warnings(self._target, self._step),
+                *self._steps.warnings,
+            ),
         )
 
     def _sizes(self, n: int) -> tuple[int, ...]:
