@@ -56,8 +56,9 @@ def estimate(
         data, loss, training_step, optimizer, precision: as for `autobatch.fit`.
         memory_limit: bytes, or a string such as "8GiB", that the process may take there in all.
         headroom: the share of that limit to leave free.
-        accumulation: hold the gradients of an earlier micro-batch meanwhile. Otherwise the step has one micro-batch,
-            and no gradients before it, as after `zero_grad()`.
+        accumulation: hold the gradients of an earlier micro-batch meanwhile, which is also what a step takes whose
+            gradients are zeroed and kept (`zero_grad(set_to_none=False)`). Otherwise the step has one micro-batch, and
+            no gradients before it, as after `zero_grad()`.
 
     Raises:
         InvalidInput: an argument cannot be used, or the inputs of a bare model cannot be inferred.

@@ -176,6 +176,17 @@ def test_accumulation_holds_the_gradients():
     assert held.by_category["gradient"] > alone.by_category.get("gradient", 0)
 
 
+def test_gradients_that_are_zeroed_instead_of_dropped_are_held_as_with_accumulation():
+    class Zeroing(torch.optim.AdamW):
+        def zero_grad(self, set_to_none=True):
+            super().zero_grad(set_to_none=False)
+
+    zeroed = autobatch.estimate(wide(), 4096, device="t4", optimizer=Zeroing)
+    dropped, accumulated = (autobatch.estimate(wide(), 4096, device="t4", accumulation=a) for a in (False, True))
+    assert zeroed.allocated_peak_bytes == accumulated.allocated_peak_bytes > dropped.allocated_peak_bytes
+    assert zeroed.by_category["gradient"] == accumulated.by_category["gradient"]
+
+
 def test_several_gpus_are_answered_from_one_trace(monkeypatch):
     kinds = []
 
