@@ -47,6 +47,8 @@ class NotTraceable(AutobatchError):
         line: str = "",
         needs_values: bool = False,
         details: str = "",
+        raised: str = "",
+        samples: int = 0,
     ) -> None:
         super().__init__(message)
         self.operator = operator
@@ -59,12 +61,16 @@ class NotTraceable(AutobatchError):
         """Whether it depends on the values of tensors."""
         self.details = details
         """The traceback where it was traced, which may have been another process. Tracebacks of this error show it."""
+        self.raised = raised
+        """The type of the exception that ended the trace, such as "ValueError"; "" for a known limit of tracing."""
+        self.samples = samples
+        """Those of the micro-batch that was traced then; 0 where it was none."""
         if details:
             self.__notes__ = [details]
 
     def __reduce__(self) -> tuple[object, ...]:
-        parts = (str(self), self.operator, self.module, self.line, self.needs_values, self.details)
-        return type(self), parts
+        place = (self.operator, self.module, self.line, self.needs_values, self.details, self.raised, self.samples)
+        return type(self), (str(self), *place)
 
 
 class NothingFits(AutobatchError):
@@ -96,3 +102,11 @@ class DevicePoisoned(AutobatchError):
     """The CUDA context is beyond use after an error in a kernel: nothing can run in this process any more."""
 
     exit_code = 3
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a line that the traceback will show under the error. Python 3.10 keeps it, without showing it."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", []), note]

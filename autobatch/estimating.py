@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import autobatch
-from autobatch.devices.simulated import SimulatedDevice
+from autobatch.devices.simulated import SimulatedDevice, precision_warnings
 from autobatch.devices.target import Target, find_target
 from autobatch.errors import InvalidInput
 from autobatch.estimates import Estimate, Interval
@@ -20,6 +20,7 @@ from autobatch.precision import Precision
 from autobatch.prediction import attribution
 from autobatch.prediction.accuracy import ERROR_BOUND
 from autobatch.prediction.attention import generation
+from autobatch.prediction.bugs import bugs_as_they_are
 from autobatch.prediction.predictor import Predictor
 from autobatch.prediction.replay import replay
 from autobatch.prediction.tracing import TracedStep, traced
@@ -55,13 +56,15 @@ def estimate(
         data, loss, training_step, optimizer, precision: as for `autobatch.fit`.
         memory_limit: bytes, or a string such as "8GiB", that the process may take there in all.
         headroom: the share of that limit to leave free.
-        accumulation: hold the gradients of an earlier micro-batch meanwhile. Otherwise the step has one micro-batch,
-            and no gradients before it, as after `zero_grad()`.
+        accumulation: hold the gradients of an earlier micro-batch meanwhile, which is also what a step takes whose
+            gradients are zeroed and kept (`zero_grad(set_to_none=False)`). Otherwise the step has one micro-batch, and
+            no gradients before it, as after `zero_grad()`.
 
     Raises:
         InvalidInput: an argument cannot be used, or the inputs of a bare model cannot be inferred.
         NotTraceable: the step cannot be traced; the error names operator, module and line.
         WorkloadNotPortable: it cannot be sent to the process that traces it.
+        Exception: what the model's own code raises, as it is, with the micro-batch size in a note.
     """
     workload = as_workload(model, data, loss, training_step, optimizer, precision)
     (found,) = estimates(workload, batch_size, [device], memory_limit, headroom, accumulation)
@@ -92,7 +95,7 @@ def estimates(
         step = resolve(workload)
         for kind in dict.fromkeys(generation(target.capability) for target in targets):
             same = [i for i, target in enumerate(targets) if generation(target.capability) == kind]
-            with traced(step, targets[same[0]].capability) as steps:
+            with bugs_as_they_are(step), traced(step, targets[same[0]].capability) as steps:
                 for i in same:
                     question = _Question(step, steps, targets[i], limit, headroom, accumulation)
                     found[i] = question.answer(batch_size)
@@ -154,7 +157,12 @@ class _Question:
                 "torch": torch.__version__,
             },
             assumptions=(*self._step.assumptions, *self._device.assumptions),
-            warnings=(*self._step.warnings, *self._steps.warnings),
+            warnings=(
+                *self._step.warnings,
+                *self._device.warnings,
+                *precision_warnings(self._target, self._step),
+                *self._steps.warnings,
+            ),
         )
 
     def _sizes(self, n: int) -> tuple[int, ...]:

@@ -316,3 +316,11 @@ def test_operators_that_the_caller_defined_are_there_for_modules_that_need_them(
 
     (trial,) = run(step_of(Model(4, 1)), (8, 8))
     assert trial.verdict is Verdict.FITS
+
+
+def test_hooks_on_parameters_that_are_not_sent_are_warned_of():
+    step = step_of()
+    device = CpuDevice(LIMIT)
+    step.model[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with device.trials(step, LIMIT):
+        assert any("hooks on parameters (0.weight)" in warning for warning in device.warnings)

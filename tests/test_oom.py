@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.devices.oom import Failure, add_note, classify, requested_bytes
+from autobatch.devices.oom import Failure, classify, requested_bytes
+from autobatch.errors import add_note
 
 CUDA_OOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB"
 CPU_OOM = (

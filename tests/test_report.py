@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from html.parser import HTMLParser
 from typing import Any
 
@@ -158,3 +160,12 @@ def test_progress_keeps_a_number_and_its_unit_together_however_narrow_the_termin
 def test_quiet_progress_is_silent() -> None:
     assert show_a_search(Console(file=io.StringIO()), quiet=True) == ""
     assert show_a_search(Console(file=io.StringIO(), force_terminal=True), quiet=True) == ""
+
+
+def test_printing_takes_no_random_number_not_even_the_first_time():
+    code = (
+        "import random; before = random.getstate();"
+        "from autobatch.report import estimate, notebook, terminal;"
+        "assert random.getstate() == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

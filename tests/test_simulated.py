@@ -47,6 +47,8 @@ def test_a_gpu_has_a_name_a_size_or_a_profile(tmp_path):
     assert get_device("4090").info.name == get_device("rtx-4090").info.name
     any_card, card = get_device("24GiB"), get_device("rtx-4090")
     assert any_card.limit_bytes <= card.limit_bytes < 24 * GIB
+    assert any_card.info.name == "any 24 GiB card (as NVIDIA A10G)"
+    assert get_device("17GiB").info.name == "any GPU with 17.00 GiB"
     saved = find_target(profile(tmp_path))
     assert (saved.visible_bytes, saved.context.likely, saved.capability) == (24 * GIB, GIB, (8, 6))
     assert saved.conditions.gpu.torch == (2, 11)
@@ -179,6 +181,17 @@ def test_accumulation_holds_the_gradients():
     assert held.by_category["gradient"] > alone.by_category.get("gradient", 0)
 
 
+def test_gradients_that_are_zeroed_instead_of_dropped_are_held_as_with_accumulation():
+    class Zeroing(torch.optim.AdamW):
+        def zero_grad(self, set_to_none=True):
+            super().zero_grad(set_to_none=False)
+
+    zeroed = autobatch.estimate(wide(), 4096, device="t4", optimizer=Zeroing)
+    dropped, accumulated = (autobatch.estimate(wide(), 4096, device="t4", accumulation=a) for a in (False, True))
+    assert zeroed.allocated_peak_bytes == accumulated.allocated_peak_bytes > dropped.allocated_peak_bytes
+    assert zeroed.by_category["gradient"] == accumulated.by_category["gradient"]
+
+
 def test_several_gpus_are_answered_from_one_trace(monkeypatch):
     kinds = []
 
@@ -223,3 +236,35 @@ def test_a_profile_shows_the_peak_of_the_micro_batch_that_it_shows():
     console = Console(file=io.StringIO())
     console.print(profile_view(profile))
     assert all(format_bytes(result.peak_bytes) in console.file.getvalue() for result in profile.results)
+
+
+def test_the_gradient_buckets_of_a_data_parallel_model_are_counted(tmp_path):
+    model, options = wide(), {"device": "t4", "memory_limit": "1GiB"}
+    plain = autobatch.estimate(model, 64, **options)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = autobatch.estimate(nn.parallel.DistributedDataParallel(model), 64, **options)
+    finally:
+        torch.distributed.destroy_process_group()
+    buckets = sum(4 * p.numel() for p in model.parameters())
+    assert wrapped.reserve_bytes == buckets and plain.reserve_bytes == 0
+    for end in ("likely", "low", "high"):
+        assert getattr(wrapped.device_total, end) - getattr(plain.device_total, end) == buckets
+    per_sample = 4 * 4 * 4096  # both sides of the activation, and their gradients
+    fewer = plain.largest_micro_batch - wrapped.largest_micro_batch
+    assert fewer * per_sample == pytest.approx(buckets, rel=0.1)
+
+
+def test_what_the_card_cannot_do_as_asked_is_warned_of():
+    def warnings(name, **options):
+        found = autobatch.estimate(nn.Linear(8, 4), 4, device=name, **options)
+        plan = autobatch.fit(nn.Linear(8, 4), 4, device=name, **options)
+        assert set(found.warnings) <= set(plan.warnings)
+        return " ".join(found.warnings)
+
+    said = warnings("t4", precision="bf16", memory_limit="20GiB")
+    assert "bf16 needs compute capability 8.0, and Tesla T4 has 7.5" in said
+    assert "memory_limit is 20.00 GiB, but a process can have no more than 14.56 GiB" in said
+    assert not warnings("a100-40gb", precision="bf16", memory_limit="20GiB")
+    assert not warnings("t4", precision="fp16")

@@ -224,3 +224,30 @@ def test_optimizers_keep_their_own_rules_about_multi_tensor_kernels():
         assert copies(lambda p: torch.optim.AdamW(p, foreach=False)) == 0
         assert copies(torch.optim.Adafactor) == 0  # a loop on CUDA too
     """)
+
+
+def test_low_rank_adapters_have_gradients_and_state_and_the_frozen_weights_have_none():
+    in_its_own_process("""
+        class LoRA(nn.Module):
+            def __init__(self, base, rank):
+                super().__init__()
+                self.base = base.requires_grad_(False)
+                self.down = nn.Linear(base.in_features, rank, bias=False)
+                self.up = nn.Linear(rank, base.out_features, bias=False)
+            def forward(self, x):
+                return self.base(x) + self.up(self.down(x))
+
+        adapted = (LoRA(nn.Linear(64, 64), 4) for _ in range(3))
+        model = nn.Sequential(nn.Embedding(50, 64).requires_grad_(False), *adapted)
+        data = lambda n: torch.zeros(n, 9, dtype=torch.long)
+        trace = traced(model, 5, data=data, training_step=lambda model, tokens: model(tokens).square().mean())
+        frozen, trained = 4 * (50 * 64 + 3 * (64 * 64 + 64)), 4 * 3 * 2 * 64 * 4
+        end = bytes_of(trace, trace.alive_at(len(trace.events)))
+        assert end[Category.PARAMETER] == frozen + trained
+        assert end[Category.OPTIMIZER_STATE] == 2 * trained
+        gradients = [i for i in range(len(trace.sites)) if trace.sites[i].category is Category.GRADIENT]
+        assert sum(trace.sizes[i] for i in gradients) == 2 * trained  # in two steps
+        assert {trace.sites[i].module.rpartition(".")[2] for i in gradients} == {"down", "up"}
+        kept = [i for i, s in enumerate(trace.sites) if s.category is Category.SAVED and s.module.endswith("base")]
+        assert not kept
+    """)

@@ -192,3 +192,18 @@ def test_what_ends_the_process_or_cannot_be_followed_says_so():
     refused = resolve(Workload(nn.Linear(4, 4), optimizer=lambda p: torch.optim.SGD(p, lr=-1.0)))
     with pytest.raises(NotTraceable, match="Invalid learning rate"), traced(refused):
         pass
+
+
+def test_hooks_on_parameters_are_warned_of_and_those_on_modules_run():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda module, args, output: output.erfinv())
+    step = resolve(Workload(model))
+    with traced(step) as steps:
+        assert any(site.operator == "aten.erfinv.default" for site in steps.of_sizes((9,)).sites)
+        assert not steps.warnings
+    model[0].weight.register_hook(lambda gradient: gradient * 2)
+    model[1].bias.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    for _ in range(2):  # the second time it is known already
+        with traced(step) as steps:
+            (warning,) = steps.warnings
+            assert "hooks on parameters (0.weight, 1.bias)" in warning

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from autobatch.plan import DeviceInfo, Trial
+from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
     from autobatch.workload.step import TrainingStep
@@ -95,3 +96,11 @@ class Device(Protocol):
         A trial whose peak is above `budget_bytes` gets the verdict `over_budget`.
         """
         ...
+
+
+def limit_too_high(asked_bytes: int, limit_bytes: int, name: str) -> str:
+    """The warning that a memory limit is more than a GPU can give."""
+    return (
+        f"memory_limit is {format_bytes(asked_bytes)}, but a process can have no more than {format_bytes(limit_bytes)} "
+        f"on {name}: that is the limit."
+    )

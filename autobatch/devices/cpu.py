@@ -19,6 +19,7 @@ from autobatch.devices.trial_server import Outcome, Request, Settling
 from autobatch.errors import DeviceUnavailable
 from autobatch.plan import DeviceInfo, Trial
 from autobatch.units import format_bytes
+from autobatch.workload import ship
 from autobatch.workload.step import TrainingStep, require_values
 
 HEAP_NOISE = 0.03
@@ -92,6 +93,8 @@ class CpuDevice:
     def trials(self, step: TrainingStep, budget_bytes: int) -> Iterator[RunTrial]:
         """See `Device.trials`. The step is sent to the child process, so nothing of the caller's is touched."""
         require_values(step.model)
+        if left_behind := ship.hooks_left_behind(step.model):
+            self.warnings.append(left_behind)
         self.prepare()
         assert self._server is not None
         try:

@@ -15,12 +15,12 @@ from functools import partial
 
 import torch
 
-from autobatch.devices.base import RunTrial
+from autobatch.devices.base import RunTrial, limit_too_high
 from autobatch.devices.cuda_memory import CudaMemory, open_gpu, pci_bus_id
 from autobatch.devices.nvml import GpuProcess, GpuReading, read_gpu
-from autobatch.devices.oom import Diagnosis, Failure, add_note, chain, classify
+from autobatch.devices.oom import Diagnosis, Failure, chain, classify
 from autobatch.devices.prediction import Predictions, conditions_of, predictions
-from autobatch.errors import DevicePoisoned, DeviceUnavailable, NothingFits, NotTraceable, WorkloadNotPortable
+from autobatch.errors import DevicePoisoned, DeviceUnavailable, NothingFits, NotTraceable, WorkloadNotPortable, add_note
 from autobatch.plan import DeviceInfo, Trial, Verdict
 from autobatch.units import format_bytes
 from autobatch.workload.runner import StepRunner, gradient_bytes
@@ -101,6 +101,8 @@ class CudaDevice:
         self._conditions = conditions_of(properties)
         self.predicted: Callable[[tuple[int, ...]], int] | None = None
         self.warnings = list(_warnings(reading, neighbours, others, self._limited))
+        if memory_limit is not None and memory_limit > limit:
+            self.warnings.append(limit_too_high(memory_limit, limit, properties.name))
 
     @property
     def context_bytes(self) -> int:

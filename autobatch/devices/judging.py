@@ -9,7 +9,7 @@ import signal
 from autobatch.devices import oom
 from autobatch.devices.oom import Diagnosis, Failure
 from autobatch.devices.trial_server import Outcome
-from autobatch.errors import AutobatchError, TrialCrashed
+from autobatch.errors import AutobatchError, TrialCrashed, add_note
 from autobatch.plan import Trial, Verdict
 from autobatch.units import format_bytes
 
@@ -97,5 +97,5 @@ def _raise_user_error(outcome: Outcome, sizes: tuple[int, ...]) -> None:
         raise error
     if not isinstance(error, Exception):  # the caller's process is not the one to exit
         raise TrialCrashed(f"the model's own code ended the process with {type(error).__name__}({error}). {note}")
-    oom.add_note(error, note)
+    add_note(error, note)
     raise error

@@ -127,14 +127,6 @@ def requested_bytes(message: str) -> int | None:
     return round(float(match["number"]) * scale)
 
 
-def add_note(error: BaseException, note: str) -> None:
-    """Add a line that the traceback will show under the error. Python 3.10 keeps it, without showing it."""
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:
-        error.__notes__ = [*getattr(error, "__notes__", []), note]
-
-
 def chain(error: BaseException, outside: BaseException | None = None) -> Iterator[BaseException]:
     """The error, then those beneath it as a traceback would show them, down to one that is none of the step's."""
     seen = {id(outside)}

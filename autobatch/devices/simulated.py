@@ -6,12 +6,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from autobatch.devices.base import RunTrial
+import torch
+
+from autobatch.devices.base import RunTrial, limit_too_high
 from autobatch.devices.target import Target
 from autobatch.plan import DeviceInfo, Trial, Verdict
+from autobatch.prediction.bugs import bugs_as_they_are
 from autobatch.prediction.predictor import Predictor
 from autobatch.prediction.tracing import traced
 from autobatch.workload.step import TrainingStep
+
+NATIVE_BF16 = (8, 0)
+"""The first compute capability with bf16 in hardware."""
+
+
+def precision_warnings(target: Target, step: TrainingStep) -> Iterator[str]:
+    """What the user should know about the step's data types on that GPU, in sentences."""
+    in_bf16 = step.precision == "bf16" or any(p.dtype is torch.bfloat16 for p in step.model.parameters())
+    if in_bf16 and target.capability < NATIVE_BF16:
+        yield (
+            "bf16 needs compute capability {}.{}, and {} has {}.{}: torch emulates it there, slowly, where it runs at "
+            'all. precision="fp16" is what such cards are made for.'.format(
+                *NATIVE_BF16, target.title, *target.capability
+            )
+        )
 
 
 class SimulatedDevice:
@@ -40,6 +58,8 @@ class SimulatedDevice:
         self.assumptions = (f"GPU taken from {target.provenance}.",)
         self.predicted: Callable[[tuple[int, ...]], int] | None = None
         self.warnings: list[str] = []
+        if memory_limit is not None and memory_limit > self.limit_bytes:
+            self.warnings.append(limit_too_high(memory_limit, self.limit_bytes, self.info.name))
 
     def prepare(self) -> None:
         """Nothing takes time before there is a step."""
@@ -53,11 +73,12 @@ class SimulatedDevice:
 
         Raises:
             NotTraceable: it cannot be.
+            Exception: the user's own code does, here and on a CPU.
         """
-        with traced(step, self.target.capability) as steps:
+        with bugs_as_they_are(step), traced(step, self.target.capability) as steps:
             predictor = Predictor(steps, self.target.conditions)
             self.predicted = lambda sizes: self.context_bytes + predictor.need(sizes).capacity_bytes
-            self.warnings.extend(steps.warnings)
+            self.warnings.extend((*precision_warnings(self.target, step), *steps.warnings))
             yield lambda sizes, thorough=False: self._run(predictor, sizes, budget_bytes)
 
     def _run(self, predictor: Predictor, sizes: tuple[int, ...], budget_bytes: int) -> Trial:

@@ -27,7 +27,7 @@ class Target:
     """What a prediction needs to know of a GPU."""
 
     title: str
-    """As the driver names it."""
+    """As the driver names it, or what cards it stands for."""
     visible_bytes: int
     """The memory that torch sees."""
     capability: tuple[int, int]
@@ -71,10 +71,11 @@ def find_target(name: str) -> Target:
     path, name = Path(name).expanduser(), str(name)
     if path.suffix == ".json" or path.is_file():
         return _from_profile(path)
-    gpu = catalog.of_size(parse_bytes(name)) if _SIZE.fullmatch(name.strip()) else catalog.find(name)
+    by_size = _SIZE.fullmatch(name.strip()) is not None
+    gpu = catalog.of_size(parse_bytes(name)) if by_size else catalog.find(name)
     context = context_bytes(gpu.capability, torch.version.cuda, torch.__version__, gpu.multiprocessors)
     return Target(
-        title=gpu.title,
+        title=_any_like(gpu) if by_size else gpu.title,
         visible_bytes=gpu.visible_bytes,
         capability=_capability(gpu.capability),
         multiprocessors=gpu.multiprocessors,
@@ -85,6 +86,11 @@ def find_target(name: str) -> Target:
             f"{format_bytes(context.likely)} for context and libraries"
         ),
     )
+
+
+def _any_like(gpu: catalog.Gpu) -> str:
+    """The title of every card that one stands for, if it is a real one."""
+    return f"any {gpu.memory_bytes / catalog.GIB:g} GiB card (as {gpu.title})" if gpu.sources else gpu.title
 
 
 def _from_profile(path: Path) -> Target:

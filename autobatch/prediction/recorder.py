@@ -22,6 +22,7 @@ from autobatch.prediction.affine import Run, Section
 from autobatch.prediction.kernels import Call
 from autobatch.prediction.layouts import CONVOLUTIONS, as_cudnn_leaves_them
 from autobatch.prediction.obstacles import Obstacle
+from autobatch.prediction.packed import PACK, pack
 from autobatch.prediction.rules import hidden_in
 from autobatch.prediction.stand_in import NAME
 from autobatch.prediction.trace import ACCUMULATION, Category, HiddenCall, Phase, Site, Trace
@@ -33,6 +34,7 @@ _BELOW_THE_USERS = (runner.__file__, str(Path(__file__).with_name("tracer.py")))
 _CAST = torch.ops.aten._to_copy.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _ADD = torch.ops.aten.add.Tensor
+_AS_LIST = Tensor.tolist
 
 
 class Recorder(TorchDispatchMode):
@@ -49,6 +51,8 @@ class Recorder(TorchDispatchMode):
         self._values = values
         self._uses_once = _uses_of_a_gradient_held_once()
         self.phase = Phase.SETUP
+        self.samples = 0
+        """Those of the micro-batch that is running, or ran last."""
         self.events: list[int] = []
         self._sizes: list[int] = []
         self._made: list[tuple[str, str, str, Phase]] = []
@@ -76,14 +80,20 @@ class Recorder(TorchDispatchMode):
             self._made_in.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._where())
         if func is _ADD and (_accumulates_gradients() or self._adds_up_gradients(*args)):
             return args[0].add_(args[1])  # as the engine does itself with tensors that are no subclass, like fakes
-        real = self._values.run(func, args, kwargs) if self._values is not None else None
+        if func is PACK and self._values is not None and (lengths := self._values.run(_AS_LIST, args[1:2], {})):
+            with self:  # what it is made of is recorded
+                return pack(args[0], lengths, *args[2:])
+        real = None
         try:
             result = func(*args, **kwargs)
+            if self._values is not None and self._values.worth_computing(result):
+                real = self._values.run(func, args, kwargs)
         except DEPENDS_ON_VALUES:
+            real = self._values.run(func, args, kwargs) if self._values is not None else None
             if self._values is None or real is None:
                 self.failed = Obstacle(str(func), *self._where())
                 raise
-            result = self._values.fakes_of(real)
+            result = self._values.fakes_of(real, _device_of(args, kwargs))
         except Exception:
             self.failed = Obstacle(str(func), *self._where())
             raise
@@ -141,6 +151,8 @@ class Recorder(TorchDispatchMode):
         """
         if phase in (Phase.BATCH, Phase.OPTIMIZER):
             self._sections.append(Section(samples, len(self.events), len(self._sizes), len(self._hidden)))
+        if phase is Phase.BATCH:
+            self.samples = samples
         if phase is Phase.BACKWARD:
             for number in self._alive.values():
                 if self._made[number][3] in (Phase.FORWARD, Phase.LOSS):
@@ -236,6 +248,12 @@ def _uses_of_a_gradient_held_once() -> int:
         with counting:
             total.backward()
     return counting.uses
+
+
+def _device_of(*arguments: Any) -> torch.device:
+    """Where an operator with these arguments runs."""
+    tensors = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+    return torch.device(NAME, 0) if any(tensor.device.type == NAME for tensor in tensors) else torch.device("cpu")
 
 
 def _is_on_device(device: Any) -> bool:

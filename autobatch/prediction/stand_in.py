@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 
-from autobatch.prediction import attention, autocast, fused, layouts, recurrent
+from autobatch.prediction import attention, autocast, fused, layouts, packed, recurrent
 
 NAME = "sim"
 DEVICE = f"{NAME}:0"
@@ -40,6 +40,7 @@ def make() -> FakeTensorMode:
     _autocast_as_cuda()
     autocast.install(NAME)
     recurrent.install(NAME)
+    packed.install()
     attention.install()
     fused.install()
     layouts.install()

@@ -22,14 +22,14 @@ from autobatch.prediction.obstacles import explained
 from autobatch.prediction.recorder import Recorder
 from autobatch.prediction.stand_in import DEVICE, Fakes, Spelled, spoken_as_cuda
 from autobatch.prediction.trace import Category, Phase
-from autobatch.prediction.values import Values
+from autobatch.prediction.values import Known, Values
 from autobatch.workload.proof import Shadows, uncompiled
 from autobatch.workload.runner import StepRunner, make_optimizer
 from autobatch.workload.step import TrainingStep
 
 
 def trace_steps(
-    step: TrainingStep, steps: Sequence[Sequence[int]], mode: FakeTensorMode, with_values: bool = False
+    step: TrainingStep, steps: Sequence[Sequence[int]], mode: FakeTensorMode, known: Known = Known.NOTHING
 ) -> Run:
     """All storages of some optimizer steps, each of these micro-batches; parameters and buffers first.
 
@@ -39,7 +39,7 @@ def trace_steps(
         step: what to trace.
         steps: optimizer steps by their micro-batches.
         mode: what makes fakes.
-        with_values: compute real values beside the fakes, for a step whose course depends on them.
+        known: which real values to compute beside the fakes, for a step whose course depends on them.
 
     Raises:
         NotTraceable: the user's code raised something, as it does where it looks at values.
@@ -48,17 +48,19 @@ def trace_steps(
     fakes = Fakes(mode)
     shadow = Shadows(fakes.of).of(step.model)
     optimizer = _rebound(make_optimizer(replace(step, model=shadow)), fakes)
-    values = Values(mode, DEVICE) if with_values else None
+    values = Values(mode, DEVICE, known) if known is not Known.NOTHING else None
     recorder = Recorder(shadow, values)
     _see_what_is_there(recorder, shadow, optimizer)
     _note_optimizer_state(recorder, shadow, optimizer)
     # Made on the host and with real values, as training makes them.
-    with _failures_explained(recorder):
-        batches = {n: map_arrays(partial(_on_host, mode, values), step.make_batch(n)) for n in set().union(*steps)}
+    batches = {}
+    for n in set().union(*steps):
+        with _failures_explained(recorder, n):
+            batches[n] = map_arrays(partial(_on_host, mode, values), step.make_batch(n))
     if values is not None:
         for tensor in (*step.model.parameters(), *step.model.buffers()):
             if not tensor.is_meta:
-                values.know(fakes.of(tensor), tensor.detach().clone())
+                values.know_input(fakes.of(tensor), tensor.detach().clone())
     collecting = gc.isenabled()
     gc.collect()
     gc.freeze()  # what is there already need not be looked at each time
@@ -98,13 +100,13 @@ def trace_steps(
 
 
 @contextmanager
-def _failures_explained(recorder: Recorder) -> Iterator[None]:
+def _failures_explained(recorder: Recorder, samples: int | None = None) -> Iterator[None]:
     try:
         yield
     except AutobatchError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever the user's code raises is explained, and stays an error
-        raise explained(error, recorder.failed) from None
+        raise explained(error, recorder.failed, recorder.samples if samples is None else samples) from None
 
 
 def _on_host(mode: FakeTensorMode, values: Values | None, leaf: Any) -> Any:
@@ -112,7 +114,7 @@ def _on_host(mode: FakeTensorMode, values: Values | None, leaf: Any) -> Any:
         return leaf
     fake = mode.from_tensor(leaf, static_shapes=True)
     if values is not None:
-        values.know(fake, leaf)
+        values.know_input(fake, leaf)
     return fake
 
 

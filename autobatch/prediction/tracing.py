@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,9 @@ from autobatch.child import Child, die_with, pipe_from
 from autobatch.errors import AutobatchError, NotTraceable, WorkloadNotPortable
 from autobatch.prediction.affine import FEW_SAMPLES, STEPS, AffineSteps, NotAffine, Run
 from autobatch.prediction.fingerprint import fingerprint
+from autobatch.prediction.obstacles import explained
 from autobatch.prediction.trace import Trace
+from autobatch.prediction.values import Known
 from autobatch.workload import ship
 from autobatch.workload.runner import make_optimizer
 from autobatch.workload.step import TrainingStep
@@ -51,6 +53,8 @@ class TracedStep:
         """Why sizes have to be traced one by one, or ""."""
         self.caveat = ""
         """What the user should know about it, or ""."""
+        self.left_out = ""
+        """What of the step could not be traced, in a sentence, or ""."""
         try:
             self.even = AffineSteps.of(run(steps))
         except NotAffine as reason:
@@ -60,14 +64,14 @@ class TracedStep:
     def of(cls, even: AffineSteps) -> TracedStep:
         """Those of a step that was traced before."""
         steps = cls.__new__(cls)
-        steps.even, steps.uneven, steps.caveat = even, "", ""
+        steps.even, steps.uneven, steps.caveat, steps.left_out = even, "", "", ""
         return steps
 
     @property
     def warnings(self) -> list[str]:
         """What the user should know about these traces, in sentences."""
         uneven = f"every size was traced by itself, as {self.uneven}." if self.uneven else ""
-        return [text for text in (uneven, self.caveat) if text]
+        return [text for text in (uneven, self.caveat, self.left_out) if text]
 
     def of_sizes(self, sizes: tuple[int, ...]) -> Trace:
         """A warm-up step, and one with micro-batches of these samples.
@@ -115,21 +119,31 @@ def traced(step: TrainingStep, capability: tuple[int, int] = (8, 0)) -> Iterator
     weights = _weights(step)
     key = fingerprint(step, capability, weights, _switches())
     known = _known(key)
+    left_out = ship.hooks_left_behind(step.model)
     if known is not None:
+        known.left_out = left_out
         yield known
         return
     with ExitStack() as stack:
+        enough = step.max_samples is None or step.max_samples >= max(max(sizes) for sizes in STEPS)
+        few_or_more = STEPS if enough else FEW_SAMPLES
+        run = stack.enter_context(_tracing(step, capability, weights))
         try:
-            enough = step.max_samples is None or step.max_samples >= max(max(sizes) for sizes in STEPS)
-            run = stack.enter_context(_tracing(step, capability, weights))
-            steps = TracedStep(run, STEPS if enough else FEW_SAMPLES)
+            steps = TracedStep(partial(run, Known.NOTHING), few_or_more)
         except NotTraceable as error:
             if not error.needs_values:
                 raise
-            stack.close()
-            steps = _with_values(error, stack.enter_context(_tracing(step, capability, weights, with_values=True)))
+            try:
+                steps = _with_lengths(error, TracedStep(partial(run, Known.LENGTHS), few_or_more))
+            except NotTraceable as other:
+                if not other.needs_values:
+                    raise
+                stack.close()
+                run = stack.enter_context(_tracing(step, capability, ()))
+                steps = _with_values(error, TracedStep(partial(run, Known.ALL), FEW_SAMPLES))
         if steps.even is not None and not steps.caveat:
             cache.save(key, pickle.dumps(steps.even, protocol=pickle.HIGHEST_PROTOCOL))
+        steps.left_out = left_out
         yield steps
 
 
@@ -153,42 +167,55 @@ def _refuse_sparse_gradients(step: TrainingStep) -> None:
             )
 
 
-def _with_values(error: NotTraceable, run: Callable[[Steps], Run]) -> TracedStep:
-    """What small real batches show of a step that looks at values, if its storages grow evenly all the same.
-
-    Raises:
-        NotTraceable: they do not, or not all values can be computed here.
-    """
-    steps = TracedStep(run, FEW_SAMPLES)
-    if steps.even is None:
-        raise error
+def _with_lengths(error: NotTraceable, steps: TracedStep) -> TracedStep:
+    """Those of a step that looks at no other values."""
     steps.caveat = (
-        f"the step looks at values ({error.operator} in {error.module or 'the step itself'}, {error.line}): it was "
-        "traced with those of small made-up batches, and other values may take it another way."
+        f"the step looks at the lengths in its batches ({_place(error)}): it was traced with those of the data, and "
+        "longer ones take more."
     )
     return steps
 
 
+def _with_values(error: NotTraceable, steps: TracedStep) -> TracedStep:
+    """What small real batches show of a step that looks at values, if its storages grow evenly all the same.
+
+    Raises:
+        NotTraceable: they do not.
+    """
+    if steps.even is None:
+        raise error
+    steps.caveat = (
+        f"the step looks at values ({_place(error)}): it was traced with those of small made-up batches, and other "
+        "values may take it another way."
+    )
+    return steps
+
+
+def _place(error: NotTraceable) -> str:
+    return f"{error.operator} in {error.module or 'the step itself'}, {error.line}"
+
+
 @contextmanager
 def _tracing(
-    step: TrainingStep, capability: tuple[int, int], weights: set[int], with_values: bool = False
-) -> Iterator[Callable[[Steps], Run]]:
+    step: TrainingStep, capability: tuple[int, int], without: Collection[int]
+) -> Iterator[Callable[[Known, Steps], Run]]:
+    """What traces, for as long as the context is open; it knows no values of the storages in `without`."""
     if _this_process_is_ours:
-        yield tracer_of(step, capability, with_values)
+        yield tracer_of(step, capability)
         return
     child = Child(__name__)
     try:
         with _its_death_explained(child):
-            pickle.dump((_switches(), capability, with_values), child.writer)
-            ship.dump(step, child.writer, without=() if with_values else weights)
+            pickle.dump((_switches(), capability), child.writer)
+            ship.dump(step, child.writer, without)
         yield partial(_ask, child)
     finally:
         child.close()
 
 
-def _ask(child: Child, steps: Steps) -> Run:
+def _ask(child: Child, known: Known, steps: Steps) -> Run:
     with _its_death_explained(child):
-        pickle.dump(steps, child.writer)
+        pickle.dump((known, steps), child.writer)
         child.writer.flush()
         answer: Run | AutobatchError = pickle.load(child.reader)
     if isinstance(answer, AutobatchError):
@@ -213,29 +240,25 @@ def main(descriptor: int, parent: int) -> None:
 
     die_with(parent)
     reader, writer = pipe_from(descriptor)
-    switches, capability, with_values = pickle.load(reader)
+    switches, capability = pickle.load(reader)
     for name, value in switches.items():
         _SWITCHES[name][1](value)
     try:
         stand_in.make()  # before modules are imported whose decorators ask for autocast
-        run = tracer_of(ship.load(reader), capability, with_values)
+        run = tracer_of(ship.load(reader), capability)
     except BaseException:  # noqa: BLE001  # the user's modules may raise anything: the caller is told
         run = partial(_refuse, WorkloadNotPortable(f"{_NOT_LOADED}\n{traceback.format_exc()}"))
     with suppress(EOFError):
         while True:
-            steps: Steps = pickle.load(reader)
+            question: tuple[Known, Steps] = pickle.load(reader)
             try:
-                answer: Run | AutobatchError = run(steps)
+                answer: Run | AutobatchError = run(*question)
             except AutobatchError as error:
                 answer = error
-            except Exception:  # noqa: BLE001  # an optimizer may refuse its arguments: the caller is told
-                answer = NotTraceable(f"the step cannot be traced: {_last_line()}", details=traceback.format_exc())
+            except Exception as error:  # noqa: BLE001  # an optimizer may refuse its arguments: the caller is told
+                answer = explained(error, None)
             pickle.dump(answer, writer)
             writer.flush()
-
-
-def _last_line() -> str:
-    return traceback.format_exc().strip().splitlines()[-1]
 
 
 _SDP = torch.backends.cuda
@@ -254,20 +277,18 @@ def _switches() -> dict[str, Any]:
     return {name: read() for name, (read, _) in _SWITCHES.items()}
 
 
-def _refuse(error: AutobatchError, steps: Steps) -> Run:
+def _refuse(error: AutobatchError, known: Known, steps: Steps) -> Run:
     raise error
 
 
-def tracer_of(
-    step: TrainingStep, capability: tuple[int, int] = (8, 0), with_values: bool = False
-) -> Callable[[Steps], Run]:
+def tracer_of(step: TrainingStep, capability: tuple[int, int] = (8, 0)) -> Callable[[Known, Steps], Run]:
     """What traces a step here. It makes a device that cannot be unmade: only for a process of our own."""
     from autobatch.prediction import attention, stand_in
     from autobatch.prediction.tracer import trace_steps
 
     mode = stand_in.make()
     attention.choose_for(capability)
-    return lambda steps: trace_steps(step, steps, mode, with_values)
+    return lambda known, steps: trace_steps(step, steps, mode, known)
 
 
 def _weights(step: TrainingStep) -> set[int]:

@@ -1,11 +1,13 @@
 """Real values beside fake tensors, for steps that look at values: what `.item()` says, which rows a mask takes.
 
-Every operator that runs on fakes runs on small real tensors on the CPU too, as far as the CPU has it. So the trace goes
-the way that the step goes with the batches it was given.
+Every operator that runs on fakes runs on real tensors on the CPU too, as far as the CPU has it and its inputs are
+known. So the trace goes the way that the step goes with the batches it was given. Often the lengths of sequences are
+enough: they are known at no cost for batches of any size, all values only for small ones.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +20,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 DEPENDS_ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
+class Known(str, Enum):
+    """What a trace knows beside shapes."""
+
+    NOTHING = "nothing"
+    LENGTHS = "lengths"
+    """The vectors of whole numbers in a batch, such as lengths, and the vectors and numbers computed from them."""
+    ALL = "all"
+
+
 class Unknown(Exception):
     """A value that no operator on the CPU has computed."""
 
@@ -28,12 +39,19 @@ class Values:
     Args:
         mode: what makes fakes.
         device: where they are.
+        known: whether all values are to be known, or only lengths.
     """
 
-    def __init__(self, mode: FakeTensorMode, device: str) -> None:
+    def __init__(self, mode: FakeTensorMode, device: str, known: Known = Known.ALL) -> None:
         self._mode = mode
+        self._known = known
         self._device = torch.device(device)
         self._real: WeakKeyDictionary[_Key, Tensor] = WeakKeyDictionary()
+
+    def know_input(self, fake: Tensor, real: Tensor) -> None:
+        """The same for a tensor that is there before the step, if it is of the kind that is known."""
+        if self._known is Known.ALL or (_is_vector(real) and not real.is_floating_point()):
+            self.know(fake, real)
 
     def know(self, fake: Tensor, real: Tensor) -> None:
         """Remember what a fake tensor stands for. The real one is changed as the fake one is."""
@@ -67,14 +85,18 @@ class Values:
         except (Unknown, NotImplementedError, RuntimeError):
             return None  # without a value here, an error only where one is asked for
 
-    def fakes_of(self, real: Any) -> Any:
-        """Fakes of results whose shapes depend on values; plain numbers are themselves."""
+    def worth_computing(self, result: Any) -> bool:
+        """Whether an operator with this result, in fakes, is to run on real tensors too."""
+        return self._known is Known.ALL or all(_is_vector(leaf) for leaf in tree_flatten(result)[0])
+
+    def fakes_of(self, real: Any, device: torch.device) -> Any:
+        """Fakes on that device of results whose shapes depend on values; plain numbers are themselves."""
         leaves, spec = tree_flatten(real)
         fakes = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 with self._mode:
-                    fake = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=self._device)
+                    fake = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
                 self.know(fake, leaf)
                 fakes.append(fake)
             else:
@@ -86,6 +108,10 @@ class Values:
         for one, other in zip(tree_flatten(fake)[0], tree_flatten(real)[0], strict=False):
             if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
                 self.know(one, other)
+
+
+def _is_vector(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim <= 1
 
 
 class _Key:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
-import re
 from collections.abc import Collection
 from typing import Any, BinaryIO
 
 import cloudpickle
 import torch
-from torch import library, nn
+from torch import nn
+from torch._library.custom_ops import CustomOpDef
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from autobatch.errors import WorkloadNotPortable
+from autobatch.workload import operators
 
 _StorageId = tuple[int, int, "torch.dtype | None", bool]
 """Its number, its bytes, its type where it has one, and whether its bytes are sent."""
@@ -50,6 +51,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         name = getattr(obj, "__name__", "")
         if isinstance(obj, type) and vars(torch._C).get(name) is obj:  # such as torch.nn.attention.SDPBackend
             return getattr, (torch._C, name)
+        if isinstance(obj, CustomOpDef):
+            return operators.reduced(obj)
         if isinstance(obj, Optimizer):  # which leaves out attributes of its own
             return _rebuild_optimizer, (type(obj), obj.__getstate__() | _own_attributes(obj))
         # torch forbids pickling parametrized modules because their class is made at run time; it can be made again.
@@ -97,24 +100,21 @@ def _memory_of(storage: torch.UntypedStorage) -> memoryview:
     return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
 
 
-def _operators_defined_here() -> dict[str, list[str]]:
-    """Name and schemas of the operators that this process defined with torch.library, beside torch's own."""
-    defined = {name.partition(".")[0] for name in getattr(library, "_defs", ())}  # not a public name
-    names = [name for name in defined if name.partition("::")[0] not in ("aten", "prims")]
-    return {name: [str(schema) for schema in torch._C._jit_get_schemas_for_operator(name)] for name in names}
-
-
-def _define_if_missing(error: Exception, operators: dict[str, list[str]]) -> bool:
-    """Whether the error was that of a missing operator that the sender has, which is now defined here too.
-
-    A script defines operators as it runs, and it does not run here; modules that register kernels for them need them.
-    """
-    missing = re.search(r"operator (\S+::\w+) does not exist", str(error))
-    schemas = operators.pop(missing[1], []) if missing else []
-    for schema in schemas:
-        name, signature = schema.split("(", 1)
-        library.define(name, f"({signature}")
-    return bool(schemas)
+def hooks_left_behind(model: nn.Module) -> str:
+    """A sentence about the hooks on parameters, which pickle leaves out; "" where there are none."""
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    ]
+    if not names:
+        return ""
+    named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"the hooks on parameters ({named}) did not run, as they cannot be sent to another process: the gradients are "
+        "held until the optimizer's step, also where a hook would use and free them in the backward pass, and what "
+        "hooks allocate is not counted."
+    )
 
 
 def dump(obj: object, stream: BinaryIO, without: Collection[int] = ()) -> None:
@@ -128,14 +128,14 @@ def dump(obj: object, stream: BinaryIO, without: Collection[int] = ()) -> None:
     objects = io.BytesIO()
     pickler = _Pickler(objects, without)
     try:
-        pickler.dump(obj)
+        pickler.dump((operators.of_the_script(), obj))
     except (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:
         raise WorkloadNotPortable(
             f"the workload cannot be sent to the process that runs it: {error}. "
             "Keep open files, locks, threads and generators out of the model, the data and the loss, "
             "or make them when they are first used."
         ) from error
-    pickle.dump((objects.getbuffer().nbytes, _operators_defined_here()), stream)
+    pickle.dump((objects.getbuffer().nbytes, operators.schemas()), stream)
     stream.write(objects.getbuffer())
     for storage in pickler.storages.values():
         if storage.nbytes() and storage._cdata not in without:
@@ -146,15 +146,15 @@ def dump(obj: object, stream: BinaryIO, without: Collection[int] = ()) -> None:
 
 def load(stream: BinaryIO) -> Any:
     """Read what `dump` wrote. What the objects' own modules raise while they are imported passes through."""
-    size, operators = pickle.load(stream)
+    size, schemas = pickle.load(stream)
     objects = stream.read(size)
     while True:
         unpickler = _Unpickler(io.BytesIO(objects))
         try:
-            obj = unpickler.load()
+            _, obj = unpickler.load()
             break
         except RuntimeError as error:
-            if not _define_if_missing(error, operators):
+            if not operators.define_if_missing(error, schemas):
                 raise
     for _, storage in sorted(unpickler.storages.items()):
         if storage.nbytes() and storage.device.type != "meta":
