@@ -138,7 +138,7 @@ def test_every_size_and_short_batch_gives_the_whole_gradient(target, largest, sa
         nn.CrossEntropyLoss(reduction="sum"),
         F.cross_entropy,
     ],
-    ids=str,
+    ids=["plain", "ignored class", "class weights", "sum", "function"],
 )
 def test_the_counts_of_cross_entropy_are_known(criterion):
     if isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is not None:
@@ -341,6 +341,10 @@ def test_what_cannot_be_is_an_error():
         plan.stepper(model, optimizer, clip_grad_norm=0.0)
     with pytest.raises(InvalidInput, match="reduction is what the loss is"):
         plan.stepper(model, optimizer, reduction="tokens")
+    with pytest.raises(InvalidInput, match="gradients that are there, but is LBFGS"):
+        plan.stepper(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(InvalidInput, match=r"must be a torch optimizer .* but is SGD"):
+        plan.stepper(model, torch.optim.SGD)
     with pytest.raises(InvalidInput, match="once an epoch"):
         plan.stepper(model, optimizer, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
     with pytest.raises(InvalidInput, match="12 samples, more than the 10"):
@@ -444,6 +448,26 @@ def test_a_stepper_goes_on_from_its_state():
     assert (other.steps, other.micro_batch_sizes) == (1, (3, 3, 3, 3))
     with pytest.raises(InvalidInput, match="no state of a stepper"):
         other.load_state_dict({})
+
+
+def test_a_model_in_evaluation_mode_is_warned_of():
+    model = Tagger().eval()
+    stepper = plan_of(6, 4).stepper(model, Kept(model.parameters()), training_step=sample_mean, reduction="mean")
+    with pytest.warns(UserWarning, match=r"evaluation mode.*model.train\(\)"):
+        stepper.step(texts(6))
+
+
+def test_compiled_models_have_one_momentum_for_all_micro_batches():
+    seen = []
+    layer = nn.BatchNorm1d(3, momentum=0.19)
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(module.momentum))
+    model = torch.compile(nn.Sequential(layer, nn.Linear(3, 1)), backend="eager")
+    stepper = plan_of(8, 4).stepper(
+        model, Kept(model.parameters(), lr=0.0), training_step=lambda m, b: m(b).mean(), reduction="mean"
+    )
+    stepper.step(torch.randn(8, 3))
+    assert len(set(seen)) == 1 and seen[0] == pytest.approx(0.1)
+    assert layer.momentum == 0.19
 
 
 def test_no_warning_where_nothing_is_assumed():

@@ -180,7 +180,8 @@ for seed in range(3):
     theirs.zero_grad()
     loss = token_mean(plain, whole)
     loss.backward()
-    nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    assert abs(float(result.grad_norm) / float(norm) - 1) < 1e-10
     theirs.step()
     print(abs(float(result) / float(loss) - 1) < 1e-10, file=out)
 full = [p.full_tensor() for p in model.parameters()]

@@ -59,7 +59,7 @@ class Passes:
         self._device = device
         self._scaler = scaler
         self._sync = sync
-        self._statistics = RunningStatistics(sync.inner)
+        self._statistics = RunningStatistics(model)
 
     def run(self, window: Window) -> Tensor:
         """All of them; gives this rank's part of the whole batch's loss, on the device."""

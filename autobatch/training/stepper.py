@@ -7,6 +7,7 @@ import logging
 import resource
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from autobatch.devices import oom
@@ -54,6 +56,11 @@ class Stepper:
     ) -> None:
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise InvalidInput(f"clip_grad_norm must be above 0, but is {clip_grad_norm!r}.")
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LBFGS):
+            raise InvalidInput(
+                "optimizer must be a torch optimizer that is stepped with the gradients that are there, but is "
+                f"{optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__}."
+            )
         if isinstance(scheduler, ReduceLROnPlateau):
             raise InvalidInput(
                 "ReduceLROnPlateau is stepped with a metric, once an epoch. Do that yourself, and pass no scheduler."
@@ -172,6 +179,12 @@ class Stepper:
     def _parts_for(self, batch: Any) -> tuple[Cutter, Passes]:
         """What cuts batches and runs them: made when the first batch shows what it is made of."""
         if self._parts is None:
+            if not self._model.training:
+                warnings.warn(
+                    "the model is in evaluation mode, without dropout and with fixed statistics, and is trained so. "
+                    "The plan was made in training mode: model.train().",
+                    stacklevel=3,
+                )
             found = training_loss(self._sync.inner, batch, *self._loss)
             context = partial(autocast, self._plan.precision, self._device)
             run = partial(_loss_there, found, self._device)
@@ -252,6 +265,7 @@ class Stepper:
             if self._scaler:
                 self._scaler.unscale_(self._optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # what is sharded has its norm in parts
         skipped = False
         if self._scaler:
             scale = self._scaler.get_scale()

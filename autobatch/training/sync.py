@@ -117,6 +117,8 @@ class DataParallel(_Ranks):
         self.equal_passes = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
         # Ranks meet within the passes of such models.
         self.recovers = recovers and not (model._comm_hooks or model.static_graph or self.equal_passes)
+        if self.recovers:
+            model.require_forward_param_sync = False  # buffers are spread in `statistics`, whatever ranks have run
         names = model.parameters_to_ignore
         self._parameters = [p for n, p in self.inner.named_parameters() if n not in names and p.requires_grad]
 
