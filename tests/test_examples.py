@@ -29,3 +29,23 @@ def test_char_gpt_needs_accumulation_and_learns() -> None:
     assert ACCUMULATES.search(printed)
     first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", printed))
     assert last < first - 0.5
+
+
+# transformers imports torchvision, which has no operators for a CPU build of torch but those that the tests make.
+TORCHVISION = "import sys; sys.path.append('../tests'); import conftest; "
+
+
+def test_the_trainer_accumulates_and_learns() -> None:
+    printed = printed_by(TORCHVISION + "import trainer; trainer.main()")
+    assert ACCUMULATES.search(printed)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_lightning_module_accumulates_and_learns() -> None:
+    printed = printed_by(TORCHVISION + "import lightning_module; lightning_module.main()")
+    assert ACCUMULATES.search(printed)
+    steps, accuracy = re.findall(r"(\d+) optimizer steps: accuracy ([\d.]+)%", printed)[0]
+    assert steps == "8"
+    assert float(accuracy) > 70
