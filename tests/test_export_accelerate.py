@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import plan_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,41 +33,56 @@ def samples(steps: int) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(3, (steps * TARGET,), generator=generator)
 
 
-def test_training_with_an_accelerator_equals_full_batches_after_running_out_of_memory() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    inputs, classes = samples(steps=3)
-    sizes = []
+def trained_with(accelerator: Any, batch_size: int, fits: int = TARGET) -> nn.Module:
+    """A model after an epoch of accelerate's own loop; memory runs out beyond `fits` samples."""
+    model = mlp()
+    model, optimizer, loader = accelerator.prepare(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        DataLoader(TensorDataset(*samples(steps=3)), batch_size=batch_size),
+    )
+    for inputs, classes in loader:
+        if len(inputs) > fits:
+            raise out_of_memory()
+        with accelerator.accumulate(model):
+            accelerator.backward(F.cross_entropy(model(inputs), classes))
+            optimizer.step()
+            optimizer.zero_grad()
+    return accelerator.unwrap_model(model)
 
-    @find_executable_batch_size(target=TARGET)
-    def train(batch_size: int, accumulation_steps: int, learning_rate: float) -> nn.Module:
-        sizes.append((batch_size, accumulation_steps))
-        accelerator = accelerate.Accelerator(gradient_accumulation_steps=accumulation_steps, cpu=True)
-        model = mlp()
-        model, optimizer, loader = accelerator.prepare(
-            model,
-            torch.optim.SGD(model.parameters(), lr=learning_rate),
-            DataLoader(TensorDataset(inputs, classes), batch_size=batch_size),
-        )
-        for x, y in loader:
-            if len(x) > 6:
-                raise out_of_memory()
-            with accelerator.accumulate(model):
-                accelerator.backward(F.cross_entropy(model(x), y))
-                optimizer.step()
-                optimizer.zero_grad()
-        return accelerator.unwrap_model(model)
 
-    trained = train(learning_rate=0.5)
-    assert sizes == [(24, 1), (12, 2), (8, 3), (6, 4)]
-
+def assert_equals_full_batches(trained: nn.Module) -> None:
     reference = mlp()
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.5)
-    for x, y in zip(inputs.split(TARGET), classes.split(TARGET), strict=True):
-        F.cross_entropy(reference(x), y).backward()
+    for inputs, classes in zip(*(part.split(TARGET) for part in samples(steps=3)), strict=True):
+        F.cross_entropy(reference(inputs), classes).backward()
         optimizer.step()
         optimizer.zero_grad()
     for ours, theirs in zip(trained.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_training_with_an_accelerator_equals_full_batches_after_running_out_of_memory() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    sizes = []
+
+    @find_executable_batch_size(target=TARGET)
+    def train(batch_size: int, accumulation_steps: int, fits: int) -> nn.Module:
+        sizes.append((batch_size, accumulation_steps))
+        accelerator = accelerate.Accelerator(gradient_accumulation_steps=accumulation_steps, cpu=True)
+        return trained_with(accelerator, batch_size, fits)
+
+    assert_equals_full_batches(train(fits=6))
+    assert sizes == [(24, 1), (12, 2), (8, 3), (6, 4)]
+
+
+def test_the_keywords_of_a_plan_train_as_full_batches_do() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    with pytest.warns(UserWarning, match="a multiple of 24 samples"):
+        config = plan_of(TARGET, 6).to("accelerate")
+    assert_equals_full_batches(
+        trained_with(accelerate.Accelerator(**config["accelerator"], cpu=True), **config["dataloader"])
+    )
 
 
 def test_a_target_is_held_by_every_size_from_the_largest_that_may_be_tried() -> None:

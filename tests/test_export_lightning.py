@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import plan_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -78,9 +79,10 @@ class Data(lightning.LightningDataModule):  # type: ignore[misc]
 
 
 def trainer_with(callback: Any, folder: Any, **arguments: Any) -> Any:
+    callbacks = [] if callback is None else [callback]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     arguments = {"max_epochs": 1, "accelerator": "cpu", "enable_checkpointing": False, **quiet, **arguments}
-    return lightning.Trainer(callbacks=[callback], default_root_dir=folder, **arguments)
+    return lightning.Trainer(callbacks=callbacks, default_root_dir=folder, **arguments)
 
 
 def trained_on_full_batches() -> nn.Sequential:
@@ -106,6 +108,17 @@ def test_a_modules_weights_equal_those_of_full_batches(tmp_path: Any) -> None:
     assert trainer.global_step == STEPS
     assert module.sizes_seen == {6}
     assert module.stepping_batches == STEPS  # what a schedule is made for
+    for ours, theirs in zip(module.net.parameters(), trained_on_full_batches().parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_keywords_of_a_plan_train_as_full_batches_do(tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match="a multiple of 24 samples"):
+        config = plan_of(TARGET, 6).to("lightning")
+    module = WithOwnSize()
+    trainer = trainer_with(None, tmp_path, **config["trainer"])
+    trainer.fit(module, DataLoader(dataset(), **config["dataloader"]))
+    assert trainer.global_step == STEPS
     for ours, theirs in zip(module.net.parameters(), trained_on_full_batches().parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

@@ -108,6 +108,18 @@ def test_a_trainers_weights_equal_those_of_full_batches_on_ragged_texts(tmp_path
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_the_arguments_of_a_plan_train_as_full_batches_do(tmp_path: Path) -> None:
+    data = ragged_texts(STEPS * TARGET)
+    model = tiny_llama()
+    reference = copy.deepcopy(model)
+    expected = trained_on_full_batches(reference, data, torch.optim.SGD(reference.parameters(), lr=0.5))
+    with pytest.warns(UserWarning, match="takes one micro-batch size: 6 × 4 samples"):
+        arguments = plan_of(TARGET, 5).to("transformers")
+    trainer_of(model, tmp_path, data, num_train_epochs=1, learning_rate=0.5, optim="sgd", **arguments).train()
+    for ours, theirs in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 class Watching(transformers.Trainer):  # type: ignore[misc]
     """Fails in a trial that is not as training will be."""
 

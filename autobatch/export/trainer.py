@@ -85,5 +85,5 @@ def _checkpoint_activations(model: Any, args: Any) -> None:
 
 
 def _said(args: Any, name: str) -> Any:
-    """An argument by its name since transformers 5.23 or before."""
+    """An argument by its present name, or by the older one."""
     return getattr(args, f"activation_{name}", None) or getattr(args, f"gradient_{name}", None)
