@@ -63,5 +63,5 @@ $(STAMP)-dev: $(TORCH_STAMP) pyproject.toml
 	@touch $@
 
 $(STAMP)-test: $(TORCH_STAMP) pyproject.toml
-	$(PIP) install -c $(CONSTRAINTS) -e ".[dev,huggingface,vision,lightning,examples]"
+	$(PIP) install -c $(CONSTRAINTS) -e ".[dev,huggingface,vision,lightning,accelerate,examples]"
 	@touch $@

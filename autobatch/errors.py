@@ -78,12 +78,12 @@ class NothingFits(AutobatchError):
 
     exit_code = 1
 
-    def __init__(self, message: str, *, needed_bytes: int | None, budget_bytes: int) -> None:
+    def __init__(self, message: str, *, needed_bytes: int | None, budget_bytes: int | None) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
         """Bytes that the smallest micro-batch took, or None where it could not be measured."""
         self.budget_bytes = budget_bytes
-        """Bytes that a training step was allowed to use."""
+        """Bytes that a training step was allowed to use, or None where nothing limited it but the device."""
 
 
 class TrialCrashed(AutobatchError):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from autobatch.batches import Layout
+    from autobatch.export.configs import Framework
     from autobatch.training import Stepper
     from autobatch.training.reduction import Given
 
@@ -378,6 +379,31 @@ class TrainingPlan(_Data):
         if rule == "sqrt":
             return base_lr * math.sqrt(ratio)
         raise InvalidInput(f'rule must be "linear" or "sqrt", but is {rule!r}.')
+
+    def to(self, framework: Framework, *, tokens_per_sample: int | None = None) -> dict[str, Any]:
+        """This plan as the configuration of another framework, with the one size of `uniform()`. What it cannot say is
+        said in warnings (`UserWarning`).
+
+        Args:
+            framework: what the configuration is for:
+
+                - "transformers": keyword arguments for `TrainingArguments`;
+                - "lightning": `{"trainer": ..., "dataloader": ...}`, keyword arguments for `Trainer` and `DataLoader`;
+                - "accelerate": `{"accelerator": ..., "dataloader": ...}`, likewise for `Accelerator` and `DataLoader`;
+                - "deepspeed": entries of its JSON configuration;
+                - "torchtitan": `{"training": ...}`, a section of its configuration.
+            tokens_per_sample: torchtitan counts tokens in newer versions than 0.2.2, and samples in that and older
+                ones. Given, the configuration is for the newer ones.
+
+        Returns:
+            A dict that is JSON.
+
+        Raises:
+            InvalidInput: the framework is not known, or no single size hits the target.
+        """
+        from autobatch.export.configs import config_for
+
+        return config_for(self, framework, tokens_per_sample)
 
     def code(self) -> str:
         """A training loop to paste: exactly this plan, with clipping, a scheduler, and autocast and scaler where they

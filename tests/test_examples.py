@@ -42,3 +42,23 @@ def test_ranks_share_a_target_that_they_do_not_divide_and_learn() -> None:
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) over 1001 samples", done.stdout)]
     assert len(losses) == 3
     assert losses[-1] < 0.5
+
+
+# transformers imports torchvision, which has no operators for a CPU build of torch but those that the tests make.
+TORCHVISION = "import sys; sys.path.append('../tests'); import conftest; "
+
+
+def test_the_trainer_accumulates_and_learns() -> None:
+    printed = printed_by(TORCHVISION + "import trainer; trainer.main()")
+    assert ACCUMULATES.search(printed)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_lightning_module_accumulates_and_learns() -> None:
+    printed = printed_by(TORCHVISION + "import lightning_module; lightning_module.main()")
+    assert ACCUMULATES.search(printed)
+    steps, accuracy = re.findall(r"(\d+) optimizer steps: accuracy ([\d.]+)%", printed)[0]
+    assert steps == "8"
+    assert float(accuracy) > 70

@@ -30,6 +30,16 @@ def test_tied_weights_stay_tied_and_views_stay_views():
     assert arrived[0].weight.data_ptr() != model[0].weight.data_ptr()
 
 
+def test_an_optimizer_with_a_learning_rate_scheduler_steps_there():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps the optimizer's step
+    arrived_model, arrived = there((model, optimizer))
+    arrived_model(torch.ones(1, 3)).sum().backward()
+    arrived.step()
+    assert torch.allclose(arrived_model.bias, model.bias - 0.1)
+
+
 def test_an_optimizer_in_mid_training_keeps_its_state_and_its_parameters():
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())

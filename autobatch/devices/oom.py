@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+import resource
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 import torch
+
+_Result = TypeVar("_Result")
 
 
 class Failure(Enum):
@@ -118,6 +124,24 @@ def classify(
     return next(iter(poisoned or found), None)
 
 
+def attempt(call: Callable[[], _Result]) -> _Result | Diagnosis:
+    """What the call returned, or why memory ran out; then nothing of what failed is held by its traceback.
+
+    Raises:
+        Exception: what the call raised, where it was anything else.
+    """
+    outside = sys.exc_info()[1]
+    try:
+        return call()
+    except Exception as error:
+        diagnosis = classify(error, cpu_limited=_is_limited(), outside=outside)
+        if diagnosis is None or not diagnosis.is_memory:
+            raise
+        for link in chain(error, outside):
+            traceback.clear_frames(link.__traceback__)
+        return diagnosis
+
+
 def requested_bytes(message: str) -> int | None:
     """The bytes of the allocation that failed ("Tried to allocate 2.00 GiB"), or None where the message has none."""
     match = _REQUESTED.search(message)
@@ -157,3 +181,9 @@ def _failure_of(error: BaseException, message: str, cpu_limited: bool) -> Failur
     if cpu_limited and (_ONEDNN.match(message) or message == "can't start new thread"):
         return Failure.HOST
     return next((failure for failure, pattern in _PATTERNS if pattern.search(message)), None)
+
+
+def _is_limited() -> bool:
+    """Whether this process may only take so much of the host's memory."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)

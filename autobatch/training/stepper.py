@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import resource
-import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -113,7 +110,7 @@ class Stepper:
             return self._finish(passes.run(window), window)
         while True:
             with self._failing_together():
-                outcome = self._attempt(passes, window)
+                outcome = oom.attempt(partial(passes.run, window))
             shrunk = self._shrunk(outcome, window)
             if isinstance(outcome, Tensor) and not shrunk:
                 return self._finish(outcome, window)
@@ -196,19 +193,6 @@ class Stepper:
                 Passes(self._model, found.compute, self._plan.precision, self._device, self._scaler, self._sync),
             )
         return self._parts
-
-    def _attempt(self, passes: Passes, window: Window) -> Tensor | oom.Diagnosis:
-        """This rank's part of the loss, or why memory ran out; then nothing of what failed is held."""
-        outside = sys.exc_info()[1]
-        try:
-            return passes.run(window)
-        except Exception as error:
-            diagnosis = oom.classify(error, cpu_limited=_is_limited(), outside=outside)
-            if diagnosis is None or not diagnosis.is_memory:
-                raise
-            for link in oom.chain(error, outside):
-                traceback.clear_frames(link.__traceback__)
-            return diagnosis
 
     def _shrunk(self, outcome: Tensor | oom.Diagnosis, window: Window) -> bool:
         """Whether some rank ran out, so that all have undone the step, and go on with smaller micro-batches.
@@ -307,9 +291,3 @@ def _loss_there(loss: TrainingLoss, device: torch.device, model: nn.Module, micr
 def _in_words(ran_out: oom.Diagnosis) -> str:
     asked = ran_out.requested_bytes
     return ran_out.message if asked is None else f"could not allocate {format_bytes(asked)}"
-
-
-def _is_limited() -> bool:
-    """Whether this process may only take so much of the host's memory."""
-    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
-    return any(limit != resource.RLIM_INFINITY for limit in limits)

@@ -87,7 +87,9 @@ def _rebuild_parametrized(cls: type[nn.Module], state: dict[str, Any], names: li
 
 def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
     """What the user's own class has put there beside what torch does."""
-    return {name: value for name, value in vars(optimizer).items() if not name.startswith("_")}
+    # A learning-rate scheduler's wrapper around `step` counts calls for it, and holds a weak reference.
+    wrapped = {name for name, value in vars(optimizer).items() if hasattr(value, "_wrapped_by_lr_sched")}
+    return {name: value for name, value in vars(optimizer).items() if not name.startswith("_") and name not in wrapped}
 
 
 def _rebuild_optimizer(cls: type[Optimizer], state: dict[str, Any]) -> Optimizer:

@@ -1,0 +1,40 @@
+"""A plan for frameworks that take one micro-batch size, which was tried as such."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from autobatch import ranks
+from autobatch.fitting import fit
+from autobatch.plan import TrainingPlan
+from autobatch.progress import OnProgress
+from autobatch.workload import Workload
+
+
+class FitOptions(TypedDict, total=False):
+    """The arguments of `autobatch.fit` that a framework's own objects do not say."""
+
+    device: object
+    memory_limit: int | str | None
+    headroom: float
+    max_micro_batch: int | None
+    exact: bool
+    progress: OnProgress | None
+
+
+def fit_one_size(workload: Workload, target: int, world_size: int | None, options: FitOptions) -> TrainingPlan:
+    """The plan of `fit` with its `uniform()` size, which is tried too where it was not.
+
+    Args:
+        world_size: as for `fit`. None: the ranks of torch.distributed answer together.
+
+    Raises: as `fit`.
+        InvalidInput: also where no single size hits the target.
+    """
+    while True:
+        plan = fit(workload, target, world_size=world_size, **options).uniform()
+        # Ranks go on together, also those that have tried the size.
+        verified = plan.verified if world_size else all(ranks.gather(plan.verified))
+        if verified or plan.evidence == "predicted":
+            return plan
+        options = {**options, "max_micro_batch": plan.micro_batch_size}

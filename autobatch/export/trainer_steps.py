@@ -1,0 +1,147 @@
+"""The training step of a `transformers.Trainer`, for trials that may run in another process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from autobatch.errors import InvalidInput
+from autobatch.precision import Precision
+from autobatch.workload.runner import autocast
+
+
+def stand_in(trainer: Any) -> tuple[Any, DataLoader[Any]]:
+    """A copy of the Trainer for the trials, which may run in another process, and its loader.
+
+    It shares the model and what steps are made of. What watches training (callbacks, trackers, metrics) is left out,
+    and nothing that it does reaches other processes.
+    """
+    accelerator = copy.copy(trainer.accelerator)
+    accelerator.prepare = _as_it_is
+    accelerator.gather = _as_it_is
+    accelerator.backward = HeldBackward()
+    # That of all accelerators of the process refers to loaders.
+    accelerator.gradient_state = SimpleNamespace(sync_gradients=True, num_steps=1)
+    for name in ("_models", "_optimizers", "_schedulers", "_dataloaders", "_custom_objects", "trackers"):
+        setattr(accelerator, name, [])
+    actor = copy.copy(trainer)
+    actor.accelerator = accelerator
+    actor.model_wrapped = actor.model
+    actor.current_gradient_accumulation_steps = 1  # the trial weighs micro-batches itself
+    actor._prepare_input = _as_it_is  # the trial's batches are on its device
+    loader = actor.get_train_dataloader()
+    watching = ("callback_handler", "compute_metrics", "preprocess_logits_for_metrics", "gather_function")
+    for name in (
+        "train_dataset",
+        "eval_dataset",
+        "optimizer",
+        "lr_scheduler",
+        "model_init",
+        "_memory_tracker",
+        *watching,
+    ):
+        setattr(actor, name, None)
+    return actor, loader
+
+
+def _as_it_is(value: Any, *args: Any, **kwargs: Any) -> Any:
+    return value
+
+
+def optimizer_of(trainer: Any, actor: Any) -> Optimizer | Callable[..., Optimizer]:
+    """The Trainer's optimizer, or what makes it in a trial."""
+    if trainer.optimizer is None:
+        return TrainerOptimizer(actor)
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # out of accelerate's wrapper
+
+
+class HeldBackward:
+    """In place of `accelerator.backward`: keeps the loss, for the trial to go backward from."""
+
+    def __init__(self) -> None:
+        self._loss: Tensor | None = None
+
+    def __call__(self, loss: Tensor, **kwargs: Any) -> None:
+        self._loss = loss
+
+    def take(self) -> Tensor | None:
+        """The loss, which is then held here no longer."""
+        loss, self._loss = self._loss, None
+        return loss
+
+
+class TrainerStep:
+    """The loss of a Trainer's own `training_step`."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        actor = self._actor
+        device = next(model.parameters()).device
+        inputs = copy.copy(batch)  # some take their labels out
+        # A micro-batch of the trial counts its own items. How many they are changes the loss, but no tensor's size.
+        _, items = actor.get_batch_samples(iter([inputs]), 1, device)
+        with _as_prepared(model, precision_of(actor), device):
+            actor.training_step(model, inputs, items)
+        return actor.accelerator.backward.take()
+
+
+class TrainerOptimizer:
+    """Makes the optimizer that a Trainer would make."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __call__(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        made: Optimizer = self._actor.create_optimizer()
+        self._actor.optimizer = None
+        return made
+
+
+def precision_of(trainer: Any) -> Precision:
+    """The precision of a Trainer.
+
+    Raises:
+        InvalidInput: it is none that autobatch tries.
+    """
+    said = trainer.accelerator.mixed_precision
+    precisions: dict[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+    if said not in precisions:
+        raise InvalidInput(f"autobatch tries fp32, bf16 and fp16, but this Trainer's mixed precision is {said}.")
+    return precisions[said]
+
+
+@contextmanager
+def _as_prepared(model: nn.Module, precision: Precision, device: torch.device) -> Iterator[None]:
+    """The model as accelerate prepares it: autocast in its forward alone, and outputs in float32."""
+    if precision == "fp32":
+        yield
+        return
+    from accelerate.utils import convert_to_fp32
+
+    forward = model.forward
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        with autocast(precision, device):
+            outputs = forward(*args, **kwargs)
+        return convert_to_fp32(outputs)
+
+    own = vars(model).get("forward")
+    model.forward = prepared
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
