@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from autobatch.estimates import Estimate
     from autobatch.estimating import estimate
     from autobatch.fitting import fit
-    from autobatch.plan import DeviceInfo, TrainingPlan, Trial, Verdict
+    from autobatch.plan import TrainingPlan
+    from autobatch.trial import DeviceInfo, Trial, Verdict
     from autobatch.workload.workload import Workload
 
 __version__ = "0.1.0"
@@ -36,7 +37,8 @@ _HOMES = {
     "estimate": "autobatch.estimating",
     "fit": "autobatch.fitting",
     "Workload": "autobatch.workload.workload",
-    **dict.fromkeys(["DeviceInfo", "TrainingPlan", "Trial", "Verdict"], "autobatch.plan"),
+    "TrainingPlan": "autobatch.plan",
+    **dict.fromkeys(["DeviceInfo", "Trial", "Verdict"], "autobatch.trial"),
     **dict.fromkeys(
         [
             "AutobatchError",

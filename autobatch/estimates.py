@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from autobatch.plan import DeviceInfo
 from autobatch.precision import Precision
+from autobatch.trial import DeviceInfo
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

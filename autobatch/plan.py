@@ -10,16 +10,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
+from pydantic import ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from autobatch.errors import InvalidInput, PlanFileError
 from autobatch.files import write_whole
 from autobatch.precision import Precision
 from autobatch.sizes import in_steps, micro_batches, split_evenly
+from autobatch.trial import Bytes, Data, DeviceInfo, Samples, Trial
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,85 +35,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-class Verdict(str, Enum):
-    """How a trial ended."""
-
-    FITS = "fits"
-    OVER_BUDGET = "over_budget"
-    """It ran, but took more than the budget, or made the allocator retry."""
-    OUT_OF_MEMORY = "out_of_memory"
-    FAILED = "failed"
-
-
-Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
-Samples = Annotated[int, Field(ge=1, le=1 << 60)]
-
-
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Trial(_Data):
-    """One try of one micro-batch size."""
-
-    micro_batch_sizes: tuple[int, ...]
-    """The micro-batches of the measured optimizer step: two, or one where the whole target is one micro-batch."""
-    verdict: Verdict
-    peak_bytes: int | None = None
-    """The most bytes that the process held on the device, to compare with the budget; None if it ran out first."""
-    rest_bytes: int | None = None
-    """Bytes held without a batch: weights, optimizer state and, with two micro-batches, gradients. None: not known."""
-    turn_bytes: int | None = None
-    """Bytes held at the turn from forward to backward of the last micro-batch."""
-    peak_allocated_bytes: int | None = None
-    """CUDA: peak bytes in live tensors."""
-    peak_reserved_bytes: int | None = None
-    """CUDA: peak bytes held by the caching allocator."""
-    predicted_bytes: int | None = None
-    """CUDA: what the peak was predicted to be before the trial."""
-    requested_bytes: int | None = None
-    """The allocation that failed, where the error named it."""
-    samples: int = 0
-    """Samples pushed through the model in this trial, warm-up included."""
-    seconds: float = 0.0
-    """Wall time of the whole trial."""
-    step_seconds: float | None = None
-    """Wall time of the measured optimizer step."""
-    detail: str = ""
-    """What happened, in a few words, where the verdict does not say it all."""
-
-    @property
-    def micro_batch_size(self) -> int:
-        """The largest micro-batch of the trial."""
-        return max(self.micro_batch_sizes)
-
-    @property
-    def fits(self) -> bool:
-        """Whether it ran within the budget."""
-        return self.verdict is Verdict.FITS
-
-
-class DeviceInfo(_Data):
-    """The device that a plan was made on."""
-
-    type: str
-    """"cpu", "cuda", or "simulated"."""
-    name: str
-    total_bytes: int
-    """Bytes of memory that the device has."""
-    free_bytes: int | None = None
-    """Bytes that were free when the plan was made."""
-    index: int | None = None
-    """CUDA: the device's index in this process."""
-    uuid: str | None = None
-    driver: str | None = None
-    capability: str | None = None
-    """CUDA: compute capability, such as "9.0"."""
-    mig: bool | None = None
-    """CUDA: whether this is a slice of a partitioned GPU."""
-
-
-class RankShare(_Data):
+class RankShare(Data):
     """What one of several unequal ranks does in an optimizer step."""
 
     samples: Samples
@@ -124,7 +46,7 @@ class RankShare(_Data):
     """How fast it was in the trial that its part was measured by."""
 
 
-class TrainingPlan(_Data):
+class TrainingPlan(Data):
     """How to train on exactly the target batch: which micro-batches, on what evidence, under which assumptions.
 
     Printing a plan shows it in full; `save` and `load` keep it as JSON.
@@ -167,12 +89,12 @@ class TrainingPlan(_Data):
     verified: bool
     """Whether every size named in `micro_batch_sizes` ran whole training steps within the budget."""
     precision: Precision = "fp32"
-    batch_dims: dict[str, int | None] = {}
+    batch_dims: dict[str, int | None] = Field(default_factory=dict)
     """The batch dimension of every tensor of a batch, by its name in it ("0", "labels"); None where samples share it.
     Empty where that is not known."""
     trials: tuple[Trial, ...] = ()
     device: DeviceInfo
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     """Versions of what the answer depends on: python, torch, autobatch, and CUDA where there is one."""
     assumptions: tuple[str, ...] = ()
     """What was inferred rather than given."""

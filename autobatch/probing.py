@@ -10,10 +10,11 @@ from typing import Any, SupportsIndex
 from autobatch import ranks
 from autobatch.devices.base import RunTrial
 from autobatch.errors import InvalidInput
-from autobatch.plan import RankShare, Trial, Verdict
+from autobatch.plan import RankShare
 from autobatch.progress import OnProgress, TrialEnded, TrialStarted
 from autobatch.search import MicroBatchSearch
 from autobatch.sizes import micro_batches, micro_batches_of_ranks, share_out, split_evenly
+from autobatch.trial import Trial, Verdict
 from autobatch.workload.step import TrainingStep
 
 

@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from autobatch.devices import get_device
 from autobatch.errors import NothingFits
 from autobatch.fitting import fit
-from autobatch.plan import DeviceInfo, TrainingPlan, Trial
+from autobatch.plan import TrainingPlan
 from autobatch.precision import Precision
 from autobatch.progress import OnProgress
+from autobatch.trial import DeviceInfo, Trial
 from autobatch.workload.reference import REFERENCES, Reference
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autobatch.plan import DeviceInfo, Trial
+from autobatch.trial import DeviceInfo, Trial
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import time
 import torch
 from torch import nn
 
-from autobatch.plan import DeviceInfo, TrainingPlan
+from autobatch.plan import TrainingPlan
+from autobatch.trial import DeviceInfo
 
 TARGET, MICRO, LENGTH, VOCABULARY, WIDTH = 32, 4, 64, 512, 128
 

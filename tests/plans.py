@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from autobatch.plan import DeviceInfo, TrainingPlan
+from autobatch.plan import TrainingPlan
 from autobatch.sizes import micro_batches_of_ranks
+from autobatch.trial import DeviceInfo
 
 
 def plan_of(target: int, largest: int, *, ranks: int = 1, rank: int = 0, **fields: Any) -> TrainingPlan:

@@ -16,7 +16,7 @@ from torch import nn
 from autobatch.devices import process_memory
 from autobatch.devices.cpu import CpuDevice
 from autobatch.errors import TrialCrashed, WorkloadNotPortable
-from autobatch.plan import Verdict
+from autobatch.trial import Verdict
 from autobatch.workload.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("new_interpreters")

@@ -7,7 +7,7 @@ import torch
 from fake_cuda import GIB, MIB, PER_SAMPLE, SEGMENT, FakeMemory, Hungry, a_device, a_step, raise_it, state_of
 
 from autobatch.devices.cuda import CudaMemory
-from autobatch.plan import Verdict
+from autobatch.trial import Verdict
 from autobatch.workload.step import TrainingStep
 
 

@@ -5,7 +5,7 @@ import torch
 from fake_cuda import CONTEXT, GIB, POISON, FakeMemory, a_device, a_step, raise_it, state_of
 
 from autobatch.errors import DevicePoisoned, NothingFits
-from autobatch.plan import Verdict
+from autobatch.trial import Verdict
 from autobatch.workload.step import TrainingStep
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from fake_cuda import CONTEXT, MIB, FakeMemory, a_device, a_step
 
 from autobatch.errors import NotTraceable
-from autobatch.plan import Verdict
+from autobatch.trial import Verdict
 
 
 def saying(reserved_bytes):

@@ -16,7 +16,7 @@ from plans import plan_of
 
 from autobatch.errors import InvalidInput
 from autobatch.export.configs import Framework
-from autobatch.plan import Trial, Verdict
+from autobatch.trial import Trial, Verdict
 
 HERE = Path(__file__).parent
 FRAMEWORKS = get_args(Framework)

@@ -13,13 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch.errors import InvalidInput, PlanFileError
-from autobatch.plan import (
-    DeviceInfo,
-    TrainingPlan,
-    Trial,
-    Verdict,
-)
+from autobatch.plan import TrainingPlan
 from autobatch.sizes import micro_batches, micro_batches_of_ranks, split_evenly
+from autobatch.trial import DeviceInfo, Trial, Verdict
 
 
 def make_plan(target=256, largest=37, world_size=1, tried=None, **changes) -> TrainingPlan:

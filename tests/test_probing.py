@@ -2,8 +2,8 @@
 
 from torch import nn, optim
 
-from autobatch.plan import Trial, Verdict
 from autobatch.probing import Attempts, Question, probe
+from autobatch.trial import Trial, Verdict
 from autobatch.workload.step import TrainingStep
 
 STEP = TrainingStep(nn.Linear(1, 1), lambda n: n, lambda model, batch: batch, optim.AdamW)

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from autobatch.errors import InvalidInput
 from autobatch.estimates import Estimate, Interval, ModuleBytes, Moment, OperatorBytes, Timeline
-from autobatch.plan import DeviceInfo
 from autobatch.report.estimate import alike_together, cards_table, headline, module_rows, source_line
 from autobatch.report.timeline import timeline_html
+from autobatch.trial import DeviceInfo
 
 GIB = 1024**3
 MIB = 1024**2

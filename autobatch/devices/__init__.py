@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from autobatch.devices.base import Device
-    from autobatch.plan import DeviceInfo
+    from autobatch.trial import DeviceInfo
 
 
 def get_device(name: object = None, memory_limit: int | None = None) -> Device:

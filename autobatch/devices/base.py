@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from autobatch.plan import DeviceInfo, Trial
+from autobatch.trial import DeviceInfo, Trial
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from autobatch.devices.catalog import Gpu, catalog, find
 from autobatch.devices.oom_message import read_oom_message
 from autobatch.devices.target import SavedProfile
 from autobatch.errors import InvalidInput
-from autobatch.plan import DeviceInfo
+from autobatch.trial import DeviceInfo
 from autobatch.units import format_bytes
 
 DIFFERENT = 0.05

@@ -17,7 +17,7 @@ from autobatch.devices.judging import judge, worse
 from autobatch.devices.trial_process import TrialProcess
 from autobatch.devices.trial_server import Outcome, Request, Settling
 from autobatch.errors import DeviceUnavailable
-from autobatch.plan import DeviceInfo, Trial
+from autobatch.trial import DeviceInfo, Trial
 from autobatch.units import format_bytes
 from autobatch.workload import ship
 from autobatch.workload.step import TrainingStep, require_values

@@ -21,7 +21,7 @@ from autobatch.devices.nvml import GpuProcess, GpuReading, read_gpu
 from autobatch.devices.oom import Diagnosis, Failure, chain, classify
 from autobatch.devices.prediction import Predictions, conditions_of, predictions
 from autobatch.errors import DevicePoisoned, DeviceUnavailable, NothingFits, NotTraceable, WorkloadNotPortable, add_note
-from autobatch.plan import DeviceInfo, Trial, Verdict
+from autobatch.trial import DeviceInfo, Trial, Verdict
 from autobatch.units import format_bytes
 from autobatch.workload.runner import StepRunner, gradient_bytes
 from autobatch.workload.state import preserved

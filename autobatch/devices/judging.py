@@ -10,7 +10,7 @@ from autobatch.devices import oom
 from autobatch.devices.oom import Diagnosis, Failure
 from autobatch.devices.trial_server import Outcome
 from autobatch.errors import AutobatchError, TrialCrashed, add_note
-from autobatch.plan import Trial, Verdict
+from autobatch.trial import Trial, Verdict
 from autobatch.units import format_bytes
 
 

@@ -10,10 +10,10 @@ import torch
 
 from autobatch.devices.base import RunTrial, limit_too_high
 from autobatch.devices.target import Target
-from autobatch.plan import DeviceInfo, Trial, Verdict
 from autobatch.prediction.bugs import bugs_as_they_are
 from autobatch.prediction.predictor import Predictor
 from autobatch.prediction.tracing import traced
+from autobatch.trial import DeviceInfo, Trial, Verdict
 from autobatch.workload.step import TrainingStep
 
 NATIVE_BF16 = (8, 0)

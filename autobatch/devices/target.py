@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from autobatch.devices import catalog
 from autobatch.devices.context import ContextEstimate, context_bytes
 from autobatch.errors import InvalidInput
-from autobatch.plan import DeviceInfo
 from autobatch.prediction.kernels import Gpu
 from autobatch.prediction.predictor import Conditions
+from autobatch.trial import DeviceInfo
 from autobatch.units import format_bytes, parse_bytes
 
 _SIZE = re.compile(r"[\d.]+\s*[KMGT](i?B)?", re.IGNORECASE)

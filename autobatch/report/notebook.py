@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from autobatch.plan import TrainingPlan, Trial, Verdict
+from autobatch.plan import TrainingPlan
 from autobatch.report import words
+from autobatch.trial import Trial, Verdict
 from autobatch.units import format_bytes
 
 _STYLE = """

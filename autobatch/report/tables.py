@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autobatch.plan import DeviceInfo
 from autobatch.profile import DeviceProfile
 from autobatch.report import words
+from autobatch.trial import DeviceInfo
 from autobatch.units import format_bytes
 
 

@@ -10,8 +10,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from autobatch.plan import TrainingPlan, Trial, Verdict
+from autobatch.plan import TrainingPlan
 from autobatch.report import words
+from autobatch.trial import Trial, Verdict
 from autobatch.units import format_bytes
 
 VERDICT_STYLES = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from autobatch.plan import DeviceInfo, TrainingPlan, Trial
+from autobatch.plan import TrainingPlan
+from autobatch.trial import DeviceInfo, Trial
 from autobatch.units import format_bytes
 
 
