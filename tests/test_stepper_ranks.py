@@ -62,6 +62,29 @@ for recover in (True, False):
     dist.all_reduce = reduce
     print(sum(n for n in calls if n > 1) == sum(p.numel() for p in twin.parameters()), file=out)
 """
+UNEQUAL = """
+model = fresh()
+from autobatch.plan import RankShare
+parts = [RankShare(samples=17, max_micro_batch_size=10), RankShare(samples=6, max_micro_batch_size=2)]
+first = plan_of(23, 12, ranks=2, rank=0).model_copy(
+    update={"rank_shares": parts, "micro_batch_sizes": (9, 8), "max_micro_batch_size": 10})
+plans = lambda r: first.for_rank(r)
+def step(model, batch):
+    if rank == 1 and stepper.steps == 1 and len(batch["tokens"]) == 2:
+        torch.empty(1 << 50)
+    return token_mean(model, batch)
+plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+optimizer = Kept(model.parameters(), lr=0.1)
+count = lambda batch: (batch["labels"] != -100).sum()
+stepper = plans(rank).stepper(wrapped, optimizer, training_step=step, reduction=count)
+for seed in range(2):
+    whole = texts(23, seed=seed)
+    expected = gradients_of(plain, token_mean, whole)
+    stepper.step(own(plans, whole))
+    print(distance(optimizer.seen, expected) < 1e-12, file=out)
+    plain.load_state_dict(model.state_dict())
+print(stepper.micro_batch_sizes, len(stepper.events), file=out)
+"""
 SHORT = """
 model = fresh()
 plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
@@ -198,6 +221,7 @@ def on_two_ranks(tmp_path_factory):
         whole=WHOLE,
         travel=TRAVEL,
         short=SHORT,
+        unequal=UNEQUAL,
         unused=UNUSED,
         oom=OOM,
         statistics=STATISTICS,
@@ -219,6 +243,10 @@ def test_gradients_are_those_of_the_whole_batch_over_four_ranks(tmp_path):
 
 def test_gradients_travel_once_per_optimizer_step(on_two_ranks):
     assert on_two_ranks["travel"] == ["True\nTrue"] * 2
+
+
+def test_unequal_parts_are_exact_and_only_the_rank_that_runs_out_shrinks(on_two_ranks):
+    assert on_two_ranks["unequal"] == ["True\nTrue\n(9, 8) 1", "True\nTrue\n(1, 1, 1, 1, 1, 1) 1"]
 
 
 def test_a_short_last_batch_of_unequal_ranks_is_exact(on_two_ranks):
