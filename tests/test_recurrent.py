@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autobatch.prediction import recurrent, stand_in
 
 MODE = stand_in.make()
-recurrent.install(stand_in.NAME)
 FAKES = stand_in.Fakes(MODE)
 
 def faked(module):

@@ -73,6 +73,7 @@ def spoken_as_cuda() -> Iterator[None]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_capability": lambda device=None: attention.capability(),
+        "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
     }
