@@ -182,6 +182,25 @@ def split(batch: Any, sizes: Sequence[int], layout: Layout | None = None) -> lis
     return pieces
 
 
+def join(parts: Sequence[Any], layout: Layout) -> Any:
+    """Batches of one layout as one, in order; copied. The opposite of `split`, for torch tensors.
+
+    Raises:
+        RuntimeError: their tensors have other shapes, beside the batch dimension.
+    """
+    from torch import cat
+
+    def joined(path: Path, node: Any) -> Any:
+        if path not in layout.cuts:
+            return _DESCEND
+        nodes = [at(part, path) for part in parts]
+        return (
+            cat(nodes, layout.cuts[path]) if is_array(node) else type(node)([item for part in nodes for item in part])
+        )
+
+    return _rebuild(parts[0], joined)
+
+
 def describe(batch: Any) -> str:
     """The shapes of a batch in a few words, such as `(float32 (8, 3), int64 (8,))`."""
     if is_array(batch):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from autobatch.errors import RankFailed
 
@@ -46,8 +45,13 @@ class Talk:
     def __init__(self, group: dist.ProcessGroup) -> None:
         """A collective: all ranks of the group have to call it."""
         self._members = dist.get_process_group_ranks(group)
-        self._group = dist.new_group(self._members, timeout=PATIENCE, backend="gloo")
+        self._name = group.group_name
         self._met = 0
+        with self._missing_named():
+            # Only these ranks have to be here: there may be other groups, which train something else.
+            self._group = dist.new_group(
+                self._members, timeout=PATIENCE, backend="gloo", use_local_synchronization=True
+            )
 
     def meet(self, numbers: Sequence[float] = (), failure: str | None = None) -> list[list[float]]:
         """Every rank's numbers, by rank, or the news that one of them failed. Up to WIDTH numbers; the rest are 0.
@@ -96,7 +100,9 @@ class Talk:
 
     def _missing(self) -> list[int]:
         """The ranks that do not say, in the store that brought all together, that they miss one, too."""
-        keys = {member: f"autobatch/{self._group.group_name}/{self._met}/{member}" for member in self._members}
+        keys = {member: f"autobatch/{self._name}/{self._met}/{member}" for member in self._members}
+        from torch.distributed.distributed_c10d import _get_default_store  # not there in builds without distributed
+
         deadline = time.monotonic() + GRACE_SECONDS
         try:
             store = _get_default_store()

@@ -213,7 +213,7 @@ def test_finding_out_what_the_loss_is_leaves_no_trace():
         random.random()
     assert drawn == (torch.rand(1), random.random())
     assert [module.training for module in model.modules()] == flags
-    assert seen == [1, 2, 3, 6, 6]
+    assert seen[-2:] == [6, 6] and seen[:-2] == [1, 2, 3] * (len(seen) // 3)
 
 
 def test_a_first_batch_that_says_nothing_leaves_the_question_open():
@@ -396,6 +396,38 @@ def test_a_loader_of_micro_batches_gives_the_same_steps():
     assert distance(list(model.parameters()), list(twin.parameters())) < 1e-12
 
 
+@pytest.mark.parametrize("step", [token_mean, token_sum, shifted_mean, padding_mean], ids=lambda step: step.__name__)
+def test_single_samples_tell_together_what_the_loss_is(step):
+    whole, micros = micro_texts(9, 1)
+    model = Tagger()
+    optimizer = Kept(model.parameters(), lr=0.1)
+    expected = gradients_of(model, step, whole)
+    micros = [micro for micro in micros if torch.isfinite(step(model, micro).detach())]
+    for micro in plan_of(9, 1).stepper(model, optimizer, training_step=step).accumulate(micros):
+        micro.backward()
+    if len(micros) == 9:
+        assert distance(optimizer.seen, expected) < 1e-12
+
+
+def test_means_over_samples_are_not_weighed_by_padding():
+    """Micro-batches are padded to lengths of their own."""
+    model = Tagger()
+    micros = [{"tokens": torch.randint(11, (3, length)), "classes": torch.randint(7, (3,))} for length in (3, 11, 5)]
+
+    def step(model, batch):
+        return F.cross_entropy(model(batch["tokens"])[:, -1], batch["classes"])
+
+    optimizer = Kept(model.parameters(), lr=0.1)
+    model.zero_grad()
+    (sum(step(model, micro) for micro in micros) / 3).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one batch of a single length does not tell
+        for micro in plan_of(9, 3).stepper(model, optimizer, training_step=step).accumulate(micros):
+            micro.backward()
+    assert distance(optimizer.seen, expected) < 1e-12
+
+
 def test_micro_batches_that_do_not_add_up_and_forgotten_backward_passes_are_errors():
     _, micros = micro_texts(15, 5)
     model = Tagger()
@@ -424,6 +456,52 @@ def test_running_means_move_as_over_the_whole_batch():
         assert torch.allclose(ours.running_var, theirs.running_var, rtol=0.2)
         assert ours.num_batches_tracked == theirs.num_batches_tracked
         assert ours.momentum == momentum
+
+
+def test_a_step_that_fails_counts_as_one_at_most():
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=None), nn.Linear(3, 1))
+
+    def step(model, batch):
+        loss = model(batch).mean()
+        if failing:
+            raise LookupError
+        return loss
+
+    stepper = plan_of(8, 2).stepper(model, Kept(model.parameters()), training_step=step, reduction="mean")
+    for failing in (True, False):
+        try:
+            stepper.step(torch.randn(8, 3))
+        except LookupError:
+            assert failing
+        assert model[0].momentum is None
+    assert int(model[0].num_batches_tracked) <= 2
+
+
+def test_gradients_that_the_optimizer_does_not_know_do_not_add_up():
+    model, seen = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)), []
+    optimizer = torch.optim.SGD(model[1].parameters())
+    optimizer.register_step_pre_hook(lambda *_: seen.append(model[0].weight.grad.clone()))
+    stepper = plan_of(4, 2).stepper(model, optimizer, training_step=lambda m, b: m(b).mean(), reduction="mean")
+    batch = torch.randn(4, 3)
+    model[1].requires_grad_(True)
+    for _ in range(2):
+        with torch.no_grad():
+            model[1].weight.fill_(1.0)
+        stepper.step(batch)
+    assert torch.allclose(seen[0], seen[1])
+    assert model[0].weight.grad is None
+
+
+def test_parameters_that_join_later_are_clipped_with_the_others():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.0)
+    stepper = plan_of(4, 2).stepper(
+        model, optimizer, training_step=lambda m, b: m(b).mean(), reduction="mean", clip_grad_norm=math.inf
+    )
+    batch = torch.randn(4, 3)
+    before = float(stepper.step(batch).grad_norm)
+    optimizer.add_param_group({"params": model[0].parameters()})
+    assert float(stepper.step(batch).grad_norm) > before
 
 
 def test_frozen_batch_norm_stays_as_it_is():

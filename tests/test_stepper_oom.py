@@ -37,7 +37,6 @@ def batch_of(n, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, 8, generator=generator), torch.randn(n, 1, generator=generator)
 
-torch.mallopt = None
 model = Net()
 """
 
@@ -134,9 +133,7 @@ def test_with_nothing_smaller_left_it_is_an_error_and_nothing_changes():
         """
     )
     message, *rest = out.splitlines()
-    assert message.startswith(
-        "memory ran out in optimizer step 0 with micro-batches of 1 sample, the smallest there are"
-    )
+    assert message.startswith("memory ran out in optimizer step 0 with micro-batches of 1 sample, the smallest that")
     assert rest == ["[3, 2, 1]", "True", "True"]
 
 
@@ -154,3 +151,26 @@ def test_without_recovery_it_is_raised_as_it_is():
         """
     )
     assert "DefaultCPUAllocator" in out
+
+
+def test_micro_batches_shrink_only_to_what_the_batch_can_be_cut_into():
+    """Five samples in micro-batches of at least two are 3 + 2; at most two is none."""
+    out = run(
+        """
+        from autobatch import NothingFits
+        def step(model, batch):
+            loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+            torch.empty(1 << 50)
+            return loss
+        stepper = plan_of(5, 5, min_micro_batch_size=2).stepper(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), training_step=step, reduction="mean")
+        try:
+            stepper.step(batch_of(5, 0))
+        except NothingFits as error:
+            print(str(error)[:79])
+        print([event.to_size for event in stepper.events], int(model.norm.num_batches_tracked))
+        """
+    )
+    said, events = out.splitlines()
+    assert said == "memory ran out in optimizer step 0 with micro-batches of 3 samples, the smalles"
+    assert events == "[4] 0"

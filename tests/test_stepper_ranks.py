@@ -8,7 +8,7 @@ import copy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from plans import plan_of
-from test_stepper import Kept, Tagger, distance, gradients_of, sample_mean, texts, token_mean
+from test_stepper import Kept, Tagger, distance, gradients_of, sample_mean, texts, token_mean, token_sum
 torch.set_default_dtype(torch.float64)
 
 def fresh():
@@ -84,6 +84,45 @@ for seed in range(2):
     print(distance(optimizer.seen, expected) < 1e-12, file=out)
     plain.load_state_dict(model.state_dict())
 print(stepper.micro_batch_sizes, len(stepper.events), file=out)
+"""
+FOUND_OUT = """
+for step in (token_mean, token_sum, sample_mean):  # one micro-batch on each rank, or one sample
+    for samples in (12, 3):
+        model = fresh()
+        plans = lambda r: plan_of(samples, 8, ranks=2, rank=r, batch_dims={"tokens": 0, "labels": 0})
+        plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+        optimizer = Kept(model.parameters(), lr=0.1)
+        whole = texts(samples)
+        expected = gradients_of(plain, step, whole)
+        plans(rank).stepper(wrapped, optimizer, training_step=step).step(own(plans, whole))
+        print(distance(optimizer.seen, expected) < 1e-12, file=out)
+"""
+IDLE = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+count = lambda batch: (batch["labels"] != -100).sum()
+whole = texts(12)
+whole["labels"][:6] = -100  # nothing counts on the first rank
+plans = lambda r: plan_of(12, 3, ranks=2, rank=r, batch_dims={"tokens": 0, "labels": 0})
+model = fresh()
+plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+expected = gradients_of(plain, token_mean, whole)
+optimizer = Kept(model.parameters(), lr=0.1)
+plans(rank).stepper(wrapped, optimizer, training_step=token_mean, reduction=count).step(own(plans, whole))
+print(distance(optimizer.seen, expected) < 1e-12, file=out)
+sharded = fresh()
+fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+stepper = plans(rank).stepper(sharded, torch.optim.SGD(sharded.parameters()), training_step=token_mean, reduction=count)
+try:
+    stepper.step(own(plans, whole))
+except Exception as error:
+    print(str(error)[:42], file=out)
+whole = texts(12)
+whole["labels"][:3] = -100  # nothing counts in one of its micro-batches
+micros = [{k: v[:3] for k, v in own(plans, whole).items()}, {k: v[3:] for k, v in own(plans, whole).items()}]
+for micro in stepper.accumulate(micros):
+    result = micro.backward()
+print(abs(float(result) / float(token_mean(plain, whole).detach()) - 1) < 1e-10, file=out)
 """
 SHORT = """
 model = fresh()
@@ -221,6 +260,8 @@ def on_two_ranks(tmp_path_factory):
         whole=WHOLE,
         travel=TRAVEL,
         short=SHORT,
+        found_out=FOUND_OUT,
+        idle=IDLE,
         unequal=UNEQUAL,
         unused=UNUSED,
         oom=OOM,
@@ -247,6 +288,14 @@ def test_gradients_travel_once_per_optimizer_step(on_two_ranks):
 
 def test_unequal_parts_are_exact_and_only_the_rank_that_runs_out_shrinks(on_two_ranks):
     assert on_two_ranks["unequal"] == ["True\nTrue\n(9, 8) 1", "True\nTrue\n(1, 1, 1, 1, 1, 1) 1"]
+
+
+def test_what_the_loss_is_is_found_out_by_all_ranks_together(on_two_ranks):
+    assert on_two_ranks["found_out"] == ["\n".join(["True"] * 6)] * 2
+
+
+def test_ranks_on_which_nothing_counts_take_part_or_are_refused(on_two_ranks):
+    assert on_two_ranks["idle"] == ["True\nnothing in the batch of rank 0 counts (a m\nTrue"] * 2
 
 
 def test_a_short_last_batch_of_unequal_ranks_is_exact(on_two_ranks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,15 @@ class RunningStatistics:
     mean of the micro-batches' variances; how far their means lie apart is not in it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, compute_loss: Any = None) -> None:
         self._layers = [module for module in model.modules() if isinstance(module, _NormBase)]
         # A compiled model is compiled anew for another momentum: it gets one for all.
-        self._compiled = any(
+        self._compiled = hasattr(compute_loss, "_torchdynamo_orig_callable") or any(
             getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in model.modules()
         )
         self._own: list[tuple[_NormBase, float | None, float]] = []
+        self._counters: list[Tensor] = []
+        self._counted: list[Tensor] = []
 
     def begin(self, shares: Sequence[float]) -> None:
         """A step begins, whose micro-batches have these shares of its samples."""
@@ -35,6 +38,8 @@ class RunningStatistics:
                 # Without one, the average is over all steps: this is the next.
                 effective = momentum if momentum is not None else 1 / (float(_steps(layer)) + 1)
                 self._own.append((layer, momentum, effective))
+        self._counters = [_steps(layer) for layer, _, _ in self._own if layer.num_batches_tracked is not None]
+        self._counted = list(torch._foreach_add(self._counters, 1)) if self._counters else []
 
     def micro_batch(self, i: int) -> None:
         """Micro-batch `i` is next."""
@@ -45,14 +50,13 @@ class RunningStatistics:
                 layer.momentum = momentum * self._shares[i] / (1 - momentum * sum(self._shares[i + 1 :]))
 
     @torch.no_grad()
-    def end(self, ran: int) -> None:
-        """The step has ended, after as many micro-batches; 0: it is to be undone."""
+    def end(self) -> None:
+        """The step has ended, or failed: it counts as one."""
         for layer, momentum, _ in self._own:
             layer.momentum = momentum
-        counters = [_steps(layer) for layer, _, _ in self._own if layer.num_batches_tracked is not None]
-        if ran > 1 and counters:
-            torch._foreach_sub_(counters, ran - 1)
-        self._own = []
+        if self._counted:
+            torch._foreach_copy_(self._counters, self._counted)
+        self._own, self._counters, self._counted = [], [], []
 
 
 def _steps(layer: _NormBase) -> Tensor:

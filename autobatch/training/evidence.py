@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from autobatch import batches
-from autobatch.training.reduction import SAMPLES, SUM, Reduction
+from autobatch.training.reduction import SAMPLES, SUM, Reduction, counts_of
 from autobatch.training.undo import StepStart
+from autobatch.workload.calls import TARGET_NAMES
 
 IGNORED = -100
 """The label that PyTorch's and Hugging Face's losses ignore by default."""
@@ -27,7 +28,7 @@ TOLERANCE, COARSE = 1e-5, 1e-3
 """How far, as a share, a foretold loss may be off: float32 sums of other shapes differ by about 1e-6. The second is for
 models in half precision."""
 LOOKS = 3
-"""Batches after which the likeliest of those that are left is taken: what differs so little weighs little."""
+"""How often it is run at most before the likeliest of the candidates that are left is taken."""
 
 
 @dataclass
@@ -47,47 +48,64 @@ class Evidence:
     """Gives every rank's value: ranks look together, and see the same."""
     candidates: list[Reduction] | None = None
     """What it may be, likeliest first; None before the first batch."""
-    looks: int = 0
-    """How often it was run."""
 
     def settle(self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]) -> Reduction:
-        """What the loss is, as far as it matters for this batch.
+        """What the loss is, as far as it matters for this optimizer step. A collective.
 
         Args:
-            batch: the whole batch, on the model's device, with `layout`.
-            micros: its micro-batches, of so many `samples`.
+            batch: some of its samples, with their `layout`, to run the loss on.
+            micros: this rank's micro-batches, of so many `samples`.
         """
         if self.candidates is None:
             self.candidates = list(_candidates(batch, layout))
-        if len(self.candidates) > 1:
-            differ = len({_shares(one, micros, samples) for one in self.candidates}) > 1
-            if any(self.gather(differ)):
-                self._narrow(batch, layout)
+        for _ in range(LOOKS):
+            if len(self.candidates) == 1 or self._other(micros, samples) is None:
+                return self.candidates[0]
+            self._narrow(batch, layout)
+        other = self._other(micros, samples)
+        if other is not None:
+            first = self.candidates[0]
+            _warn(f"{first.words}, but may also be {other.words}: the samples at hand do not tell", depth=6)
+            self.candidates = [first]
         return self.candidates[0]
+
+    def _other(self, micros: Sequence[Any], samples: Sequence[int]) -> Reduction | None:
+        """A candidate that gives the micro-batches of all ranks other weights than the likeliest one, if there is any.
+
+        A collective."""
+        assert self.candidates is not None
+        of_ranks = self.gather(counts_of(self.candidates, micros, samples))
+        weights = []
+        for i, one in enumerate(self.candidates):
+            counts = [count for of_rank in of_ranks for count in of_rank[i]]
+            total = 1.0 if one.is_sum else sum(counts)
+            # Rounded, as they come from sums of other things.
+            weights.append([round(count / total, 9) if total else 0.0 for count in counts])
+        return next((self.candidates[i] for i, one in enumerate(weights) if one != weights[0]), None)
 
     def _narrow(self, batch: Any, layout: batches.Layout) -> None:
         """Keep the candidates that foretell the loss on every rank that can tell."""
         assert self.candidates is not None
-        *apart, (together, size) = _parts(batch, layout, self.candidates)
-        losses, problem = self._losses([*(part for part, _ in apart), together])
-        whole, kept = losses[-1], {one.words for one in self.candidates}
-        if not problem and all(map(math.isfinite, losses)):
-            tolerance = (COARSE if _is_half(self.model) else TOLERANCE) * max(map(abs, losses))
-            kept = {one.words for one in self.candidates if abs(_foretold(one, apart, losses) - whole) <= tolerance}
-        if not kept:
-            problem = (
-                f"the loss of {size} samples together ({whole:.6g}) is no such mean of the losses of its parts "
-                f"({losses[0]:.6g} and {losses[1]:.6g}), as where samples are compared with one another"
-            )
+        kept, problem = {one.words for one in self.candidates}, ""
+        if layout.size > 1:
+            *apart, (together, size) = _parts(batch, layout, self.candidates)
+            losses, problem = self._losses([*(part for part, _ in apart), together])
+            whole = losses[-1]
+            if not problem and all(map(math.isfinite, losses)):
+                tolerance = (COARSE if _is_half(self.model) else TOLERANCE) * max(map(abs, losses))
+                kept = {one.words for one in self.candidates if abs(_foretold(one, apart, losses) - whole) <= tolerance}
+            if not kept:
+                problem = (
+                    f"the loss of {size} samples together ({whole:.6g}) is no such mean of the losses of its parts "
+                    f"({losses[0]:.6g} and {losses[1]:.6g}), as where samples are compared with one another"
+                )
         kept = set.intersection(*self.gather(kept))
         problem = next(filter(None, self.gather(problem)), "")
+        if not kept and not problem:
+            problem = "ranks found it to be different things"
         if problem:
-            _warn(problem)
-            kept = set()
-        self.candidates = [one for one in self.candidates if one.words in kept] or [SAMPLES]
-        self.looks += 1
-        if self.looks == LOOKS:
-            self.candidates = self.candidates[:1]
+            _warn(f"{SAMPLES.words}, but {problem}")
+        self.candidates = [one for one in self.candidates if one.words in kept and not problem] or [SAMPLES]
 
     def _losses(self, parts: list[Any]) -> tuple[list[float], str]:
         """The losses of these parts of a batch, or nothing and why."""
@@ -108,6 +126,7 @@ class Evidence:
                 return [float(self.compute_loss(self.model, part)) for part in parts]
         finally:
             self.start.restore()
+            self.start.forget()
             for module, training in flags:
                 module.training = training
 
@@ -122,46 +141,47 @@ def _is_half(model: nn.Module) -> bool:
     return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
 
 
-def _warn(why: str) -> None:
+def _warn(what: str, depth: int = 7) -> None:
     warnings.warn(
-        f"the loss is taken for a mean over samples, but {why}. If it is a mean over something else, say what: "
-        'plan.stepper(..., reduction=lambda batch: (batch["labels"] != -100).sum()).',
-        stacklevel=7,
+        f"the loss is taken for {what}. If it is a mean over something else, say what: plan.stepper(..., "
+        'reduction=lambda batch: (batch["labels"] != -100).sum()).',
+        stacklevel=depth,
     )
-
-
-def _shares(one: Reduction, micros: Sequence[Any], samples: Sequence[int]) -> tuple[float, ...]:
-    """The weights of micro-batches, to compare: rounded, as they come from sums of other things."""
-    counts = one.counts(micros, samples)
-    total = 1.0 if one.is_sum else sum(counts)
-    return tuple(round(count / total, 9) if total else 0.0 for count in counts)
 
 
 def _candidates(batch: Any, layout: batches.Layout) -> Iterator[Reduction]:
     """Everything that a loss may be a mean over; where several are right for a batch, the earlier is likelier."""
-    whole: list[tuple[str, batches.Path]] = []
+    labels: list[tuple[str, batches.Path]] = []
+    others: list[tuple[str, batches.Path]] = []
     masks: list[tuple[str, batches.Path]] = []
     for path, leaf in batches.named_arrays(batch):
         if not isinstance(leaf, Tensor) or layout.cuts.get(path) != 0 or leaf.is_complex():
             continue
         name = ".".join(map(str, path)) or "the batch"
         if not leaf.is_floating_point() and leaf.dtype is not torch.bool:
-            whole.append((name, path))
+            (labels if _is_target(batch, path) else others).append((name, path))
         if leaf.dtype is torch.bool or "mask" in name.lower():
             masks.append((name, path))
-    for later in (False, True):
-        for name, path in whole:
-            words = f"a mean over {name} other than {IGNORED}" + (", from the second position on" if later else "")
-            yield Reduction(words, partial(_other_than, IGNORED, path, later))
+    yield from _each(labels, f"{{}} other than {IGNORED}", partial(_other_than, IGNORED))
     yield SAMPLES
     yield SUM
+    yield from _each(masks, "what {} lets through", _let_through)
+    yield from _each(others, f"{{}} other than {IGNORED}", partial(_other_than, IGNORED))
+    yield from _each(labels + others, "{} other than 0", partial(_other_than, 0))
+
+
+def _each(named: list[tuple[str, batches.Path]], words: str, count: Callable[..., Tensor]) -> Iterator[Reduction]:
     for later in (False, True):
-        for name, path in masks:
-            words = f"a mean over what {name} lets through" + (", from the second position on" if later else "")
-            yield Reduction(words, partial(_let_through, path, later))
-        for name, path in whole:
-            words = f"a mean over {name} other than 0" + (", from the second position on" if later else "")
-            yield Reduction(words, partial(_other_than, 0, path, later))
+        for name, path in named:
+            where = ", from the second position on" if later else ""
+            yield Reduction(f"a mean over {words.format(name)}{where}", partial(count, path, later))
+
+
+def _is_target(batch: Any, path: batches.Path) -> bool:
+    """Whether a tensor is what the model is to foretell: by its name, or as the last of several."""
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return path[0] == len(batch) - 1
+    return bool(path) and any(name in str(path[-1]).lower().split("_") for name in TARGET_NAMES)
 
 
 def _other_than(value: int, path: batches.Path, later: bool, batch: Any) -> Tensor:
@@ -181,7 +201,8 @@ def _at(path: batches.Path, later: bool, batch: Any) -> Tensor:
 def _parts(batch: Any, layout: batches.Layout, candidates: Sequence[Reduction]) -> list[tuple[Any, int]]:
     """A sample, one or two others, and all together, with their sizes: about which candidates disagree."""
     singles = batches.split(batch, [1] * layout.size, layout)
-    counted = [one.counts(singles, [1] * layout.size) for one in candidates if not one.is_sum]
+    means = [one for one in candidates if not one.is_sum]
+    counted = counts_of(means, singles, [1] * layout.size)
     # As shares, so that no candidate drowns another.
     shares = [[counts[i] / (max(counts) or 1) for counts in counted] for i in range(layout.size)]
     *others, fuller, fullest = sorted(range(layout.size), key=lambda i: min(shares[i]))

@@ -59,11 +59,11 @@ class Passes:
         self._device = device
         self._scaler = scaler
         self._sync = sync
-        self._statistics = RunningStatistics(model)
+        self._statistics = RunningStatistics(model, compute_loss)
 
     def run(self, window: Window) -> Tensor:
         """All of them; gives this rank's part of the whole batch's loss, on the device."""
-        total = torch.zeros((), device=self._device)
+        total = self._nothing()
         self._statistics.begin(window.shares)
         try:
             for i, (micro, weight) in enumerate(zip(window.micros, window.weights, strict=True)):
@@ -71,7 +71,7 @@ class Passes:
                 with self._sync.passing(last=i == len(window.micros) - 1):
                     total = total + self.backward(self.loss(micro), weight)
         finally:
-            self._statistics.end(len(window.micros))
+            self._statistics.end()
         return total
 
     def in_turn(self, window: Window, finish: Callable[[Tensor, Window], StepResult]) -> Iterator[MicroBatch]:
@@ -80,7 +80,7 @@ class Passes:
         Raises:
             InvalidInput: the caller did not go backward from one of them.
         """
-        total = torch.zeros((), device=self._device)
+        total = self._nothing()
         last = len(window.micros) - 1
         ran = 0
 
@@ -90,7 +90,7 @@ class Passes:
             ran += 1
             if ran <= last:
                 return None
-            self._statistics.end(ran)
+            self._statistics.end()
             return finish(total, window)
 
         if last < 0:  # nothing in them counts: only the other ranks need this one
@@ -105,7 +105,11 @@ class Passes:
                 if ran != i + 1:
                     raise InvalidInput("call backward() of each micro-batch that accumulate() yields, once.")
         finally:
-            self._statistics.end(ran)
+            self._statistics.end()
+
+    def _nothing(self) -> Tensor:
+        """The sum of no losses; the same type on all ranks, whatever they have run."""
+        return torch.zeros((), device=self._device, dtype=torch.float64)
 
     def loss(self, micro: Any) -> Tensor:
         """The loss of one micro-batch, which is taken to the device first."""

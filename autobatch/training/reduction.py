@@ -38,24 +38,27 @@ class Reduction:
     def counts(self, micros: Sequence[Any], samples: Sequence[int]) -> list[float]:
         """The weight of every micro-batch before it is divided by the sum over all of them (but for sums).
 
-        Tensors on a GPU are read in one go.
-
         Raises:
             InvalidInput: the count is not a number of at least 0.
         """
+        return counts_of([self], micros, samples)[0]
+
+    def _of(self, micro: Any, samples: int) -> Any:
         if self.is_sum:
-            return [1.0] * len(micros)
-        if self.count is None:
-            return [float(n) for n in samples]
-        found = [self.count(micro) for micro in micros]
-        if found and all(isinstance(value, Tensor) and value.numel() == 1 for value in found):
-            numbers = torch.stack([value.detach().reshape(()).double() for value in found]).tolist()
-        else:
-            numbers = [_number(value) for value in found]
-        for value in numbers:
-            if not math.isfinite(value) or value < 0:
-                raise InvalidInput(f"reduction must count at least 0 things in a micro-batch, but counted {value}.")
-        return numbers
+            return 1.0
+        return samples if self.count is None else self.count(micro)
+
+
+def counts_of(reductions: Sequence[Reduction], micros: Sequence[Any], samples: Sequence[int]) -> list[list[float]]:
+    """`Reduction.counts` of several at once: what is counted on a GPU is read in one go."""
+    found = [one._of(micro, n) for one in reductions for micro, n in zip(micros, samples, strict=True)]
+    tensors = [i for i, value in enumerate(found) if isinstance(value, Tensor) and value.numel() == 1]
+    if tensors:
+        read = torch.stack([found[i].detach().reshape(()).double() for i in tensors]).tolist()
+        for i, value in zip(tensors, read, strict=True):
+            found[i] = value
+    numbers = [_number(value) for value in found]
+    return [numbers[start : start + len(micros)] for start in range(0, len(numbers), len(micros))]
 
 
 SAMPLES = Reduction("a mean over samples")
@@ -64,12 +67,15 @@ SUM = Reduction("a sum", is_sum=True)
 
 def _number(value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidInput(
             f"reduction must count a micro-batch's things as one number, but gave {type(value).__name__}. For example: "
             'lambda batch: (batch["labels"] != -100).sum()'
         ) from None
+    if not math.isfinite(number) or number < 0:
+        raise InvalidInput(f"reduction must count at least 0 things in a micro-batch, but counted {number}.")
+    return number
 
 
 def given(reduction: Given) -> Reduction:
@@ -140,4 +146,6 @@ def _targets(reading: Reading, ignore_index: int, weight: Tensor | None, batch: 
     counts = target != ignore_index
     if weight is None:
         return counts.sum()
-    return weight.detach().to(target.device, torch.float64)[target[counts]].sum()
+    # Without picking out those that count, for which the host would wait.
+    weights = weight.detach().to(target.device, torch.float64, non_blocking=True)
+    return (weights[target.clamp(min=0)] * counts).sum()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from autobatch.devices import oom
 from autobatch.errors import InvalidInput, NothingFits, RankFailed
 from autobatch.plan import TrainingPlan
+from autobatch.sizes import micro_batches
 from autobatch.training.evidence import Evidence
 from autobatch.training.loss import TrainingLoss, training_loss
 from autobatch.training.passes import MicroBatch, Passes
@@ -65,16 +66,18 @@ class Stepper:
         self._plan = plan
         self._model = model
         self._optimizer = optimizer
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._device = self._parameters[0].device
+        self._device = optimizer.param_groups[0]["params"][0].device
         self._loss = (loss, training_step)
         self._told = None if reduction is None else given(reduction)
         self._scheduler = scheduler
         fp16 = plan.precision == "fp16"
         self._scaler = torch.amp.GradScaler(self._device.type) if scaler is None and fp16 else scaler
+        if self._scaler:
+            self._scaler.scale(torch.zeros((), device=self._device))  # has its state made, whatever this rank will run
         self._clip = clip_grad_norm
         self._sync = sync_of(model, plan.world_size, recover)
-        self._start = StepStart(self._sync.inner, self._device) if recover and self._sync.recovers else None
+        self._start = StepStart(self._sync.inner, self._device)
+        self._recover = recover
         self._parts: tuple[Cutter, Passes] | None = None
         self._largest = max(plan.micro_batch_sizes)
         self.steps = 0
@@ -102,11 +105,12 @@ class Stepper:
         with self._failing_together():
             layout = self._plan.layout_of(batch)
             cutter, passes = self._parts_for(batch)
-            self._optimizer.zero_grad(set_to_none=True)
-            if self._start is not None:
+            self._drop_gradients()
+            recovers = self._recover and self._sync.recovers
+            if recovers:
                 self._start.keep()
             window = cutter.cut(batch, layout, self._largest)
-        if self._start is None:
+        if not recovers:
             return self._finish(passes.run(window), window)
         while True:
             with self._failing_together():
@@ -133,11 +137,12 @@ class Stepper:
         samples = 0
         for micro in loader:
             size = self._plan.layout_of(micro).size
-            if samples + size > share:
-                raise InvalidInput(
-                    f"micro-batches do not add up to the {share} samples of one optimizer step: {samples} are there, "
-                    f"and {size} come next. Have the loader yield the one size of plan.uniform()."
-                )
+            with self._failing_together():
+                if samples + size > share:
+                    raise InvalidInput(
+                        f"micro-batches do not add up to the {share} samples of one optimizer step: {samples} are "
+                        f"there, and {size} come next. Have the loader yield the one size of plan.uniform()."
+                    )
             micros.append(micro)
             samples += size
             if samples == share:
@@ -185,8 +190,9 @@ class Stepper:
             found = training_loss(self._sync.inner, batch, *self._loss)
             context = partial(autocast, self._plan.precision, self._device)
             run = partial(_loss_there, found, self._device)
-            start = StepStart(self._sync.inner, self._device)
-            evidence = Evidence(run, self._sync.inner, context, start, self._sync.gather)
+            evidence = Evidence(
+                run, self._sync.inner, context, StepStart(self._sync.inner, self._device), self._sync.gather
+            )
             reduction = self._told or found.reduction or evidence
             self._parts = (
                 Cutter(self._plan, self._sync, reduction),
@@ -201,40 +207,54 @@ class Stepper:
             NothingFits: there are none.
         """
         ran_out = not isinstance(outcome, Tensor)
-        rows = self._sync.meet([float(ran_out), max(window.samples, default=0)])
+        rows = self._sync.meet([float(ran_out), max(window.samples, default=0), sum(window.samples)])
         losers = [rank for rank, row in enumerate(rows) if row[0]]
         if not losers:
             return False
         self._undo()
         message = self._sync.gather("" if isinstance(outcome, Tensor) else _in_words(outcome))[losers[0]]
-        size, smallest = int(max(rows[rank][1] for rank in losers)), self._plan.min_micro_batch_size
-        if size <= smallest:
+        if self._plan.rank_shares:  # then ranks have sizes of their own, and each shrinks from its own
+            smaller = {rank: self._smaller(rows[rank][1], [rows[rank][2]]) for rank in losers}
+        else:
+            largest = max(rows[rank][1] for rank in losers)
+            smaller = dict.fromkeys(range(len(rows)), self._smaller(largest, [row[2] for row in rows]))
+        size = int(rows[losers[0]][1])
+        event = Shrunk(self.steps, size, smaller[losers[0]] or 0, losers[0], message)
+        if None in smaller.values():
             raise NothingFits(
                 f"memory ran out in optimizer step {self.steps} with micro-batches of {size} "
-                f"sample{'s' if size > 1 else ''}, the smallest there are: {message}. The step was undone. Free memory "
-                "on the device, or make a plan with more head-room.",
+                f"sample{'s' if size > 1 else ''}, the smallest that this batch can be cut into: {message}. The step "
+                "was undone. Free memory on the device, or make a plan with more head-room.",
                 needed_bytes=None,
                 budget_bytes=self._plan.budget_bytes,
             )
-        smaller = max(smallest, size * 4 // 5)
-        if ran_out or not self._plan.rank_shares:  # where ranks have sizes of their own, the others keep theirs
-            self._largest = min(self._largest, smaller)
-        event = Shrunk(self.steps, size, smaller, losers[0], message)
+        self._largest = min(self._largest, smaller.get(self._sync.rank) or self._largest)
         self.events.append(event)
-        _log.warning(
-            "Memory ran out in optimizer step %d%s with micro-batches of %d samples. The step was undone; it is run "
-            "again, and training goes on, with at most %d. (%s)",
-            event.step,
-            f" on rank {event.rank}" if len(rows) > 1 else "",
-            event.from_size,
-            event.to_size,
-            message,
-        )
+        if self._sync.rank == losers[0]:  # once, not by every rank
+            _log.warning(
+                "Memory ran out in optimizer step %d%s with micro-batches of %d samples. The step was undone; it is "
+                "run again, and training goes on, with at most %d. (%s)",
+                event.step,
+                f" on rank {event.rank}" if len(rows) > 1 else "",
+                event.from_size,
+                event.to_size,
+                message,
+            )
         return True
 
+    def _smaller(self, size: float, samples: Sequence[float]) -> int | None:
+        """The next size of micro-batches, a fifth less or as much more as has to be, that can cut batches of so many
+        samples; None where there is none."""
+        smallest = self._plan.min_micro_batch_size
+        for candidate in range(min(int(size) * 4 // 5, int(size) - 1), smallest - 1, -1):
+            with suppress(InvalidInput):
+                for one in filter(None, samples):
+                    micro_batches(int(one), candidate, smallest)
+                return candidate
+        return None
+
     def _undo(self) -> None:
-        assert self._start is not None
-        self._optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         self._start.restore()
         gc.collect()
         if self._device.type == "cuda":
@@ -248,7 +268,8 @@ class Stepper:
         if self._clip is not None:
             if self._scaler:
                 self._scaler.unscale_(self._optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # what is sharded has its norm in parts
         skipped = False
         if self._scaler:
@@ -258,7 +279,7 @@ class Stepper:
             skipped = self._scaler.get_scale() < scale
         else:
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         if self._scheduler is not None and not skipped:
             self._scheduler.step()
         self.steps += 1
@@ -269,8 +290,13 @@ class Stepper:
         with self._failing_together():
             cutter, passes = self._parts_for(micros[0])
             window = cutter.gathered(micros)
+            self._drop_gradients()
+            yield from passes.in_turn(window, self._finish)
+
+    def _drop_gradients(self) -> None:
+        """Those of parameters that the optimizer does not know, too: they would add up from step to step."""
+        self._model.zero_grad(set_to_none=True)
         self._optimizer.zero_grad(set_to_none=True)
-        yield from passes.in_turn(window, self._finish)
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:

@@ -25,10 +25,14 @@ class Sync(Protocol):
     world_size: int
     inner: nn.Module
     """The model that can run on one rank alone, or without its gradients being synchronised."""
-    recovers: bool
-    """Whether one rank may run its micro-batches again without the others having to know before the end."""
+    rank: int
     equal_passes: bool
     """Whether every rank has to run as many micro-batches as any other."""
+
+    @property
+    def recovers(self) -> bool:
+        """Whether one rank may run its micro-batches again without the others having to know before the end."""
+        ...
 
     def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:
         """Every rank's numbers (three at most), by rank.
@@ -63,6 +67,7 @@ class Alone:
     """One process."""
 
     world_size = 1
+    rank = 0
     recovers = True
     equal_passes = False
 
@@ -93,6 +98,7 @@ class _Ranks:
         self._group = group
         self._talk = ranks.talk_of(group)
         self.world_size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
 
     def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:
         return self._talk.meet(numbers, failure)
@@ -115,15 +121,27 @@ class DataParallel(_Ranks):
         self._model = model
         self.inner = model.module
         self.equal_passes = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-        # Ranks meet within the passes of such models.
-        self.recovers = recovers and not (model._comm_hooks or model.static_graph or self.equal_passes)
-        if self.recovers:
-            model.require_forward_param_sync = False  # buffers are spread in `statistics`, whatever ranks have run
+        self._wanted = recovers
         names = model.parameters_to_ignore
         self._parameters = [p for n, p in self.inner.named_parameters() if n not in names and p.requires_grad]
 
-    def passing(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last and not self.recovers else self._model.no_sync()
+    @property
+    def recovers(self) -> bool:
+        """See `Sync`. Ranks meet within the passes of some models, and sparse gradients have no buckets."""
+        model = self._model
+        sparse = any(getattr(module, "sparse", False) is True for module in model.modules())
+        return self._wanted and not (model._comm_hooks or model.static_graph or self.equal_passes or sparse)
+
+    @contextmanager
+    def passing(self, last: bool) -> Iterator[None]:
+        if last and not self.recovers:
+            yield
+            return
+        if self.recovers:
+            # Buffers are spread in `statistics`: no rank may wait for another in a forward pass.
+            self._model.require_forward_param_sync = False
+        with self._model.no_sync():
+            yield
 
     def gradients(self) -> None:
         if self.recovers:
@@ -230,7 +248,7 @@ def _all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup, divisor: in
     """Sum tensors over the ranks, in place, and divide them; in buckets, of which the next fills while one travels."""
     travelling: list[tuple[Any, Tensor, list[Tensor]]] = []
     for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        flat = _flat(bucket)
         if divisor > 1:
             flat /= divisor  # first, so that sums of half precision do not overflow, as in DistributedDataParallel
         travelling.append((dist.all_reduce(flat, group=group, async_op=True), flat, bucket))
@@ -243,13 +261,22 @@ def _all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup, divisor: in
 def _broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Give all ranks the first one's tensors."""
     for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        flat = _flat(bucket)
         work = dist.broadcast(flat, dist.get_global_rank(group, 0), group=group, async_op=True)
         _arrive(work, flat, bucket)
 
 
+def _flat(bucket: list[Tensor]) -> Tensor:
+    """Their values in one row: a copy, but of a large one that travels alone as it is."""
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        return bucket[0].view(-1)
+    return torch.cat([tensor.reshape(-1) for tensor in bucket])
+
+
 def _arrive(work: Any, flat: Tensor, bucket: list[Tensor]) -> None:
     work.wait()
+    if flat.data_ptr() == bucket[0].data_ptr():
+        return
     parts = flat.split([tensor.numel() for tensor in bucket])
     torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
 
@@ -259,6 +286,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     open_buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     sizes: dict[tuple[torch.device, torch.dtype], int] = {}
     for tensor in tensors:
+        if tensor.numel() * tensor.element_size() >= BUCKET_BYTES:
+            yield [tensor]
+            continue
         kind = (tensor.device, tensor.dtype)
         open_buckets.setdefault(kind, []).append(tensor)
         sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()

@@ -52,5 +52,9 @@ class StepStart:
         if self._copies:
             torch._foreach_copy_(self._buffers(), self._copies)
 
+    def forget(self) -> None:
+        """Hold no copies any more."""
+        self._held, self._copies, self._random = [], [], ()
+
     def _buffers(self) -> list[Tensor]:
         return [buffer for _, were in self._held for buffer in were.values() if buffer is not None]

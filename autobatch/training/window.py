@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autobatch import batches
@@ -69,7 +70,14 @@ class Cutter:
             raise InvalidInput(
                 "the ranks have different numbers of micro-batches, and a sharded model runs only together."
             )
-        return self._weighed(micros[0], layouts[0], micros, [layout.size for layout in layouts])
+        samples, layout = [layout.size for layout in layouts], layouts[0]
+        some = micros[0]
+        if layout.size == 1 and len(micros) > 1:  # a single one would tell nothing about the loss
+            with suppress(RuntimeError):  # others have other lengths
+                some = batches.join(micros[:3], layout)
+                layout = replace(layout, size=sum(samples[:3]))
+        window = self._weighed(some, layout, micros, samples)
+        return _filled(window, len(micros)) if self._sync.equal_passes else window
 
     def _weighed(self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]) -> Window:
         reduction = self._reduction
@@ -83,10 +91,13 @@ class Cutter:
                 f"nothing in this batch counts: its loss, {reduction.words}, is a mean over nothing. Leave such "
                 "batches out."
             )
-        # Micro-batches in which nothing counts have no mean. One is left for what has to be run.
-        kept = [i for i, count in enumerate(counts) if count] or [0]
-        if self._sync.recovers and not any(counts):
-            kept = []
+        idle = [rank for rank, row in enumerate(rows) if not row[0]]
+        if idle and not self._sync.recovers:
+            raise InvalidInput(
+                f"nothing in the batch of rank {idle[0]} counts ({reduction.words}), and ranks meet within the passes "
+                "of this model, so that none can leave its own out. Leave such batches out."
+            )
+        kept = [i for i, count in enumerate(counts) if count]  # the others have no mean
         return Window(
             [micros[i] for i in kept],
             [samples[i] for i in kept],

@@ -71,7 +71,7 @@ def on_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors there; from pinned memory they travel while the host goes on."""
 
     def moved(leaf: Any) -> Any:
-        return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
+        return leaf.to(device, non_blocking=device.type == "cuda") if isinstance(leaf, torch.Tensor) else leaf
 
     return map_arrays(moved, batch)
 
