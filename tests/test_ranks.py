@@ -8,7 +8,7 @@ from torchrun import torchrun
 IMPORTS = """
 import json, time
 import warm
-from autobatch import child
+from autobatch import child, ranks as talk
 from test_fit import *
 child._start = warm.start_child
 """
@@ -49,9 +49,20 @@ if rank == 0:
     print(fit_wide(target=10, world_size=5).micro_batch_sizes, file=out)
 dist.barrier()
 """
+NEVER = """
+from datetime import timedelta
+talk.PATIENCE, talk.GRACE_SECONDS = timedelta(seconds=3), 1.0
+if rank == 1:
+    os._exit(0)  # before the ranks have talked at all
+try:
+    talk.gather(rank)
+except Exception as error:
+    print(type(error).__name__, error, file=out)
+os._exit(0)
+"""
 DIES = """
 if rank == 1:
-    dist.new_group(backend="gloo")  # as it would
+    talk.talk_of(dist.group.WORLD)  # as it would
     os._exit(0)
 try:
     fit_wide(target=8)
@@ -60,12 +71,11 @@ except Exception as error:
 """
 HANGS = """
 from datetime import timedelta
-from autobatch import ranks as talk
 talk.PATIENCE, talk.GRACE_SECONDS = timedelta(seconds=3), 1.0
 try:
     with talk.failing_together(True):
         if rank == 1:
-            time.sleep(15)
+            time.sleep(12)
         talk.gather(rank)
 except Exception as error:
     print(type(error).__name__, error, file=out)
@@ -115,7 +125,7 @@ def test_with_world_size_given_one_rank_may_ask_alone(on_two_ranks):
     assert on_two_ranks["alone"] == ["(2,)", ""]
 
 
-@pytest.mark.parametrize("program", [DIES, HANGS], ids=["dies", "hangs"])
+@pytest.mark.parametrize("program", [NEVER, DIES, HANGS], ids=["never came", "dies", "hangs"])
 def test_a_rank_that_never_comes_is_named(tmp_path, program):
     (said, _) = torchrun(tmp_path, 2, IMPORTS, missing=program)["missing"]
     assert said.startswith("RankFailed rank 1 is missing: the others waited in vain")
