@@ -98,6 +98,7 @@ def fit(
     try:
         spot.prepare()
         with preserved(workload, tensors=False), ranks.failing_together(question.together):
+            _same_on_all(question)
             step = resolve(workload)
             budget = int(spot.limit_bytes * (1 - max(headroom, spot.least_headroom))) - step.reserve_bytes
             with spot.trials(step, budget) as run:
@@ -119,6 +120,21 @@ def fit(
         return _plan(answer, spot, step, question, attempt)
     finally:
         spot.close()
+
+
+def _same_on_all(question: Question) -> None:
+    """Check that all ranks ask for the same thing.
+
+    Raises:
+        InvalidInput: they do not.
+    """
+    asked = question.gather((question.target, question.per_rank))
+    if len(set(asked)) > 1:
+        told = ", ".join(f"{target} on rank {rank}" for rank, (target, _) in enumerate(asked))
+        raise InvalidInput(
+            f"the ranks of a group share one target, but ask for different ones: {told}. Call fit with the same target "
+            "and the same per_rank on all."
+        )
 
 
 def _device_of(model: nn.Module) -> object:

@@ -44,6 +44,12 @@ try:
 except Exception as error:
     print(type(error).__name__, error, file=out)
 """
+OTHERS = """
+try:
+    fit_wide(target=8 + rank)
+except Exception as error:
+    print(type(error).__name__, error, file=out)
+"""
 ALONE = """
 if rank == 0:
     print(fit_wide(target=10, world_size=5).micro_batch_sizes, file=out)
@@ -86,7 +92,7 @@ os._exit(0)
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return torchrun(folder, 2, IMPORTS, smaller=SMALLER, unequal=UNEQUAL, fails=FAILS, alone=ALONE)
+    return torchrun(folder, 2, IMPORTS, smaller=SMALLER, unequal=UNEQUAL, fails=FAILS, others=OTHERS, alone=ALONE)
 
 
 def test_a_rank_with_less_memory_decides_for_all(on_two_ranks):
@@ -119,6 +125,13 @@ def test_a_rank_that_fails_ends_all_with_its_reason(on_two_ranks):
         "RankFailed rank 1 failed: LookupError: on this rank only",
         "LookupError on this rank only",
     ]
+
+
+def test_ranks_that_ask_for_different_targets_are_told(on_two_ranks):
+    for said in on_two_ranks["others"]:
+        assert said.startswith(
+            "InvalidInput the ranks of a group share one target, but ask for different ones: 8 on rank 0, 9"
+        )
 
 
 def test_with_world_size_given_one_rank_may_ask_alone(on_two_ranks):

@@ -396,6 +396,30 @@ def test_a_loader_of_micro_batches_gives_the_same_steps():
     assert distance(list(model.parameters()), list(twin.parameters())) < 1e-12
 
 
+@pytest.mark.parametrize("ignored", [-100, 0, 1, -1, 255])
+def test_texts_that_lie_along_the_second_dimension_are_counted_too(ignored):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.cells, self.scores = nn.Embedding(11, 6), nn.LSTM(6, 8), nn.Linear(8, 7)
+
+        def forward(self, tokens):
+            return self.scores(self.cells(self.embedding(tokens))[0])
+
+    def step(model, batch):
+        scores, labels = model(batch[0]), batch[1]
+        return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=ignored)
+
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(11, (9, 14)), torch.randint(2, 7, (9, 14))
+    labels[torch.arange(9)[:, None] >= torch.randint(1, 10, (14,))] = ignored
+    model = Recurrent()
+    optimizer = Kept(model.parameters(), lr=0.1)
+    whole = gradients_of(model, step, (tokens, labels))
+    plan_of(14, 4, batch_dims={"0": 1, "1": 1}).stepper(model, optimizer, training_step=step).step((tokens, labels))
+    assert distance(optimizer.seen, whole) < 1e-12
+
+
 @pytest.mark.parametrize("step", [token_mean, token_sum, shifted_mean, padding_mean], ids=lambda step: step.__name__)
 def test_single_samples_tell_together_what_the_loss_is(step):
     whole, micros = micro_texts(9, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TypedDict
 
 from autobatch import ranks
@@ -36,5 +37,20 @@ def fit_one_size(workload: Workload, target: int, world_size: int | None, option
         # Ranks go on together, also those that have tried the size.
         verified = plan.verified if world_size else all(ranks.gather(plan.verified))
         if verified or plan.evidence == "predicted":
+            _warn_of_small(plan)
             return plan
         options = {**options, "max_micro_batch": plan.micro_batch_size}
+
+
+def _warn_of_small(plan: TrainingPlan) -> None:
+    """Say so where the target has no divisor near what fits."""
+    size, most = plan.micro_batch_size, plan.max_micro_batch_size
+    if 2 * size > most:
+        return
+    share = plan.target_batch_size // plan.world_size
+    near = -(-share // most) * most * plan.world_size
+    warnings.warn(
+        f"micro-batches have {size} of the {most} samples that fit, as {share} has no larger divisor up to that. A "
+        f"target of {near} would have {most}.",
+        stacklevel=4,
+    )

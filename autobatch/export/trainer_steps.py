@@ -37,6 +37,7 @@ def stand_in(trainer: Any) -> tuple[Any, DataLoader[Any]]:
     actor.model_wrapped = actor.model
     actor.current_gradient_accumulation_steps = 1  # the trial weighs micro-batches itself
     actor._prepare_input = _as_it_is  # the trial's batches are on its device
+    actor.log = _as_it_is  # what a step logs is for training
     loader = actor.get_train_dataloader()
     watching = ("callback_handler", "compute_metrics", "preprocess_logits_for_metrics", "gather_function")
     for name in (

@@ -22,8 +22,8 @@ from autobatch.training.reduction import SAMPLES, SUM, Reduction, counts_of
 from autobatch.training.undo import StepStart
 from autobatch.workload.calls import TARGET_NAMES
 
-IGNORED = -100
-"""The label that PyTorch's and Hugging Face's losses ignore by default."""
+IGNORED = (-100, 0, -1, 1, 255)
+"""What losses ignore: by default (PyTorch, Hugging Face), as padding, or as the unlabelled class of images."""
 TOLERANCE, COARSE = 1e-5, 1e-3
 """How far, as a share, a foretold loss may be off: float32 sums of other shapes differ by about 1e-6. The second is for
 models in half precision."""
@@ -155,26 +155,32 @@ def _candidates(batch: Any, layout: batches.Layout) -> Iterator[Reduction]:
     others: list[tuple[str, batches.Path]] = []
     masks: list[tuple[str, batches.Path]] = []
     for path, leaf in batches.named_arrays(batch):
-        if not isinstance(leaf, Tensor) or layout.cuts.get(path) != 0 or leaf.is_complex():
+        if not isinstance(leaf, Tensor) or path not in layout.cuts or leaf.is_complex():
             continue
         name = ".".join(map(str, path)) or "the batch"
         if not leaf.is_floating_point() and leaf.dtype is not torch.bool:
             (labels if _is_target(batch, path) else others).append((name, path))
         if leaf.dtype is torch.bool or "mask" in name.lower():
             masks.append((name, path))
-    yield from _each(labels, f"{{}} other than {IGNORED}", partial(_other_than, IGNORED))
+    usual, *others_ignored = IGNORED
+    yield from _each(layout, labels, f"{{}} other than {usual}", partial(_other_than, usual))
     yield SAMPLES
     yield SUM
-    yield from _each(masks, "what {} lets through", _let_through)
-    yield from _each(others, f"{{}} other than {IGNORED}", partial(_other_than, IGNORED))
-    yield from _each(labels + others, "{} other than 0", partial(_other_than, 0))
+    yield from _each(layout, masks, "what {} lets through", _let_through)
+    yield from _each(layout, others, f"{{}} other than {usual}", partial(_other_than, usual))
+    for value in others_ignored:
+        yield from _each(layout, labels + others, f"{{}} other than {value}", partial(_other_than, value))
 
 
-def _each(named: list[tuple[str, batches.Path]], words: str, count: Callable[..., Tensor]) -> Iterator[Reduction]:
+def _each(
+    layout: batches.Layout, named: list[tuple[str, batches.Path]], words: str, count: Callable[..., Tensor]
+) -> Iterator[Reduction]:
+    """A candidate for each tensor; and without its first position, where a model foretells each from those before."""
     for later in (False, True):
         for name, path in named:
+            along = 1 if layout.cuts[path] == 0 else 0
             where = ", from the second position on" if later else ""
-            yield Reduction(f"a mean over {words.format(name)}{where}", partial(count, path, later))
+            yield Reduction(f"a mean over {words.format(name)}{where}", partial(count, path, along if later else None))
 
 
 def _is_target(batch: Any, path: batches.Path) -> bool:
@@ -184,18 +190,20 @@ def _is_target(batch: Any, path: batches.Path) -> bool:
     return bool(path) and any(name in str(path[-1]).lower().split("_") for name in TARGET_NAMES)
 
 
-def _other_than(value: int, path: batches.Path, later: bool, batch: Any) -> Tensor:
+def _other_than(value: int, path: batches.Path, later: int | None, batch: Any) -> Tensor:
     return (_at(path, later, batch) != value).sum()
 
 
-def _let_through(path: batches.Path, later: bool, batch: Any) -> Tensor:
+def _let_through(path: batches.Path, later: int | None, batch: Any) -> Tensor:
     return _at(path, later, batch).sum()
 
 
-def _at(path: batches.Path, later: bool, batch: Any) -> Tensor:
-    """The tensor there; without its first position, where a model foretells each from those before it."""
+def _at(path: batches.Path, later: int | None, batch: Any) -> Tensor:
+    """The tensor there, or what comes after the first position along the dimension `later`."""
     tensor: Tensor = batches.at(batch, path)
-    return tensor[:, 1:] if later and tensor.ndim > 1 else tensor
+    if later is None or tensor.ndim < 2:
+        return tensor
+    return tensor.narrow(later, 1, max(tensor.shape[later] - 1, 0)) if tensor.shape[later] else tensor
 
 
 def _parts(batch: Any, layout: batches.Layout, candidates: Sequence[Reduction]) -> list[tuple[Any, int]]:

@@ -50,7 +50,10 @@ def training_loss(
     try:
         compute = read_batches(model, Prover(model), read_data(batch), loss).compute_loss
     except InputsNotInferred as error:
-        raise InvalidInput(f"how {type(model).__name__} takes this batch could not be worked out. {say}") from error
+        why = str(error).splitlines()[0]
+        raise InvalidInput(
+            f"how {type(model).__name__} takes this batch could not be worked out ({why}). {say}"
+        ) from error
     if isinstance(compute, StandInLoss):
         raise InvalidInput(f"{type(model).__name__} returns no loss of its own, and none is given. {say}")
     known = of_criterion(compute.criterion, compute.reading) if isinstance(compute, CriterionLoss) else None
