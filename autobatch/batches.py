@@ -182,13 +182,13 @@ def split(batch: Any, sizes: Sequence[int], layout: Layout | None = None) -> lis
     return pieces
 
 
-def join(parts: Sequence[Any], layout: Layout) -> Any:
-    """Batches of one layout as one, in order; copied. The opposite of `split`, for torch tensors.
+def join(parts: Sequence[Any], layout: Layout, concatenate: Callable[[list[Any], int], Any]) -> Any:
+    """Batches of one layout as one, in order: the opposite of `split`.
 
-    Raises:
-        RuntimeError: their tensors have other shapes, beside the batch dimension.
+    Args:
+        concatenate: joins arrays along a dimension, as `torch.cat` does; it raises what it raises where their other
+            dimensions differ.
     """
-    from torch import cat
 
     def joined(path: Path, node: Any) -> Any:
         if path not in layout.cuts:

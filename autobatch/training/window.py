@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from autobatch import batches
 from autobatch.errors import InvalidInput
 from autobatch.plan import TrainingPlan
@@ -74,7 +76,7 @@ class Cutter:
         some = micros[0]
         if layout.size == 1 and len(micros) > 1:  # a single one would tell nothing about the loss
             with suppress(RuntimeError):  # others have other lengths
-                some = batches.join(micros[:3], layout)
+                some = batches.join(micros[:3], layout, torch.cat)
                 layout = replace(layout, size=sum(samples[:3]))
         window = self._weighed(some, layout, micros, samples)
         return _filled(window, len(micros)) if self._sync.equal_passes else window
