@@ -194,9 +194,9 @@ def join(parts: Sequence[Any], layout: Layout, concatenate: Callable[[list[Any],
         if path not in layout.cuts:
             return _DESCEND
         nodes = [at(part, path) for part in parts]
-        return (
-            cat(nodes, layout.cuts[path]) if is_array(node) else type(node)([item for part in nodes for item in part])
-        )
+        if is_array(node):
+            return concatenate(nodes, layout.cuts[path])
+        return type(node)([item for part in nodes for item in part])
 
     return _rebuild(parts[0], joined)
 
