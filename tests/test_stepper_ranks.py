@@ -192,6 +192,14 @@ for _ in range(2):
 print(torch.allclose(model[0].running_mean, plain[0].running_mean, rtol=1e-12), file=out)
 print(model[0].num_batches_tracked.item(), file=out)
 """
+REFUSED = """
+model = fresh()
+try:
+    plan_of(24, 6, ranks=2, rank=rank).stepper(
+        DistributedDataParallel(model, static_graph=True), Kept(model.parameters()), training_step=token_mean)
+except Exception as error:
+    print(type(error).__name__, str(error)[:60], file=out)
+"""
 FAILS = """
 model = fresh()
 plans = lambda r: plan_of(24, 6, ranks=ranks, rank=r)
@@ -267,6 +275,7 @@ def on_two_ranks(tmp_path_factory):
         oom=OOM,
         statistics=STATISTICS,
         sharded=SHARDED,
+        refused=REFUSED,
         fails=FAILS,
     )
 
@@ -316,6 +325,10 @@ def test_batch_norm_has_the_statistics_of_all_ranks(on_two_ranks):
 
 def test_sharded_models_have_the_gradient_of_the_whole_batch(on_two_ranks):
     assert on_two_ranks["sharded"] == ["True\n" * 3 + "True"] * 2
+
+
+def test_a_static_graph_is_refused(on_two_ranks):
+    assert on_two_ranks["refused"] == ["InvalidInput DistributedDataParallel with static_graph=True cannot accumu"] * 2
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_reason(on_two_ranks):

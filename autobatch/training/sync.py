@@ -130,7 +130,7 @@ class DataParallel(_Ranks):
         """See `Sync`. Ranks meet within the passes of some models, and sparse gradients have no buckets."""
         model = self._model
         sparse = any(getattr(module, "sparse", False) is True for module in model.modules())
-        return self._wanted and not (model._comm_hooks or model.static_graph or self.equal_passes or sparse)
+        return self._wanted and not (model._comm_hooks or self.equal_passes or sparse)
 
     @contextmanager
     def passing(self, last: bool) -> Iterator[None]:
@@ -208,6 +208,11 @@ def sync_of(model: nn.Module, world_size: int, recover: bool) -> Sync:
     model = getattr(model, "_orig_mod", model)
     found: Sync
     if isinstance(model, DistributedDataParallel):
+        if model.static_graph:
+            raise InvalidInput(
+                "DistributedDataParallel with static_graph=True cannot accumulate gradients before they were "
+                "synchronised once. Leave static_graph out; find_unused_parameters=True does for other graphs."
+            )
         found = DataParallel(model, recover)
     elif isinstance(model, FSDPModule):
         found = FullySharded(model, _mesh_group(model))
