@@ -27,6 +27,8 @@ IGNORED = (-100, 0, -1, 1, 255)
 TOLERANCE, COARSE = 1e-5, 1e-3
 """How far, as a share, a foretold loss may be off: float32 sums of other shapes differ by about 1e-6. The second is for
 models in half precision."""
+LITTLE = 0.02
+"""Weights that differ by no more than this share of them are not worth a warning."""
 LOOKS = 3
 """How often it is run at most before the likeliest of the candidates that are left is taken."""
 
@@ -62,26 +64,27 @@ class Evidence:
             if len(self.candidates) == 1 or self._other(micros, samples) is None:
                 return self.candidates[0]
             self._narrow(batch, layout)
-        other = self._other(micros, samples)
+        other = self._other(micros, samples, LITTLE)
         if other is not None:
             first = self.candidates[0]
             _warn(f"{first.words}, but may also be {other.words}: the samples at hand do not tell", depth=6)
-            self.candidates = [first]
+        self.candidates = self.candidates[:1]
         return self.candidates[0]
 
-    def _other(self, micros: Sequence[Any], samples: Sequence[int]) -> Reduction | None:
-        """A candidate that gives the micro-batches of all ranks other weights than the likeliest one, if there is any.
-
-        A collective."""
+    def _other(self, micros: Sequence[Any], samples: Sequence[int], by: float = 1e-9) -> Reduction | None:
+        """A candidate that gives the micro-batches of all ranks other weights than the likeliest one, by more than that
+        share of them, if there is any. A collective."""
         assert self.candidates is not None
         of_ranks = self.gather(counts_of(self.candidates, micros, samples))
         weights = []
         for i, one in enumerate(self.candidates):
             counts = [count for of_rank in of_ranks for count in of_rank[i]]
             total = 1.0 if one.is_sum else sum(counts)
-            # Rounded, as they come from sums of other things.
-            weights.append([round(count / total, 9) if total else 0.0 for count in counts])
-        return next((self.candidates[i] for i, one in enumerate(weights) if one != weights[0]), None)
+            weights.append([count / total if total else 0.0 for count in counts])
+        for candidate, own in zip(self.candidates, weights, strict=True):
+            if any(abs(a - b) > by * max(a, b) for a, b in zip(own, weights[0], strict=True)):
+                return candidate
+        return None
 
     def _narrow(self, batch: Any, layout: batches.Layout) -> None:
         """Keep the candidates that foretell the loss on every rank that can tell."""
@@ -157,7 +160,8 @@ def _candidates(batch: Any, layout: batches.Layout) -> Iterator[Reduction]:
     for path, leaf in batches.named_arrays(batch):
         if not isinstance(leaf, Tensor) or path not in layout.cuts or leaf.is_complex():
             continue
-        name = ".".join(map(str, path)) or "the batch"
+        name = ".".join(map(str, path)) if path else "the batch"
+        name = f"batch[{name}]" if name.isdecimal() else name
         if not leaf.is_floating_point() and leaf.dtype is not torch.bool:
             (labels if _is_target(batch, path) else others).append((name, path))
         if leaf.dtype is torch.bool or "mask" in name.lower():
