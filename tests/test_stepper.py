@@ -154,6 +154,17 @@ def test_the_counts_of_cross_entropy_are_known(criterion):
     assert distance(optimizer.seen, whole) < 1e-12
 
 
+def test_an_ignored_class_beyond_the_class_weights_is_no_class():
+    criterion = nn.CrossEntropyLoss(weight=torch.arange(1.0, 8), ignore_index=255).double()
+    targets = torch.randint(7, (19,), generator=torch.Generator().manual_seed(1))
+    targets[::3] = 255
+    model, batch = nn.Linear(4, 7), (torch.randn(19, 4), targets)
+    optimizer = Kept(model.parameters(), lr=0.1)
+    whole = gradients_of(model, lambda m, b: criterion(m(b[0]), b[1]), batch)
+    plan_of(19, 4).stepper(model, optimizer, loss=criterion).step(batch)
+    assert distance(optimizer.seen, whole) < 1e-12
+
+
 def test_micro_batches_in_which_nothing_counts_leave_no_trace():
     batch, model = texts(12), Tagger()
     batch["labels"][3:6] = -100

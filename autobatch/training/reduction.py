@@ -146,6 +146,6 @@ def _targets(reading: Reading, ignore_index: int, weight: Tensor | None, batch: 
     counts = target != ignore_index
     if weight is None:
         return counts.sum()
-    # Without picking out those that count, for which the host would wait.
-    weights = weight.detach().to(target.device, torch.float64, non_blocking=True)
-    return (weights[target.clamp(min=0)] * counts).sum()
+    # Without picking out those that count, for which the host would wait. What is ignored need be no class.
+    weights = weight.detach().to(target.device, torch.float64)
+    return (weights[target.where(counts, 0)] * counts).sum()

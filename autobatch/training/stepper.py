@@ -136,8 +136,8 @@ class Stepper:
         micros: list[Any] = []
         samples = 0
         for micro in loader:
-            size = self._plan.layout_of(micro).size
             with self._failing_together():
+                size = self._plan.layout_of(micro).size
                 if samples + size > share:
                     raise InvalidInput(
                         f"micro-batches do not add up to the {share} samples of one optimizer step: {samples} are "
