@@ -22,7 +22,7 @@ print(json.dumps([plan.verified, plan.max_micro_batch_size, [p.micro_batch_sizes
 UNEQUAL = """
 def step(model, batch):
     if rank == 1:
-        time.sleep(0.002 * len(batch[0]))  # a slower device
+        time.sleep(0.02 * len(batch[0]))  # a slower device
     return model(batch[0]).square().mean()
 plan = fit_wide(target=121, loss=None, training_step=step, per_rank=True, memory_limit="520MiB" if rank else "430MiB")
 plans = [plan.for_rank(r) for r in range(ranks)]
@@ -115,7 +115,7 @@ def test_unequal_ranks_have_unequal_parts_that_add_up(on_two_ranks):
     assert first == second
     assert first["verified"]
     assert first["largest"][0] < first["largest"][1]
-    assert first["parts"][0] > first["parts"][1]
+    assert first["parts"][0] > first["parts"][1] + 10
     assert [sum(sizes) for sizes in first["micro-batches"]] == first["parts"]
     assert sum(first["parts"]) == 121
 
