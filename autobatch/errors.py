@@ -7,6 +7,12 @@ fails.
 
 from __future__ import annotations
 
+import re
+import traceback
+from pathlib import Path
+
+OWN_CODE_FAILED = "the model's own code failed"
+
 
 class AutobatchError(Exception):
     """The base of all errors raised by autobatch itself."""
@@ -110,3 +116,20 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(note)
     else:
         error.__notes__ = [*getattr(error, "__notes__", []), note]
+
+
+def in_one_line(error: BaseException) -> str:
+    """The exception, and the last place in the user's code that it came through.
+
+    An exception from another process brings that process's traceback along as a note.
+    """
+    if isinstance(error, SyntaxError) and error.filename:  # raised while a file is read, so no frame is in that file
+        return f"{OWN_CODE_FAILED}: {type(error).__name__}: {error.msg} ({error.filename} line {error.lineno})"
+    text = "".join([*traceback.format_exception(error), *getattr(error, "__notes__", ())])
+    places = re.findall(r'File "([^"<]+)", line (\d+), in (\S+)', text)
+    libraries = (str(Path(__file__).parent), "site-packages", str(Path(traceback.__file__).parent))
+    own = [place for place in places if not any(library in place[0] for library in libraries)]
+    told = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":.")
+    if not own:
+        return f"failed outside of your own files: {told}"
+    return "{}: {} ({} line {}, in {})".format(OWN_CODE_FAILED, told, *own[-1])

@@ -52,6 +52,40 @@ class OperatorBytes(_Data):
     """How many storages these are."""
 
 
+class Origin(_Data):
+    """What one operator of one module makes in one phase of a step, or had made before it, and what of it is there
+    when most is. Of every step with the same code these are the same."""
+
+    module: str
+    operator: str
+    phase: str
+    earlier: bool
+    """Whether these are what an earlier step's batch has left behind. A step that does not keep tensors leaves next to
+    nothing."""
+    category: str
+    line: str
+    """`file:line` of the user's code that made the largest, or ""."""
+    tensors: int
+    """Storages made in the step, or there when it began."""
+    bytes: int
+    alive: dict[str, tuple[int, int]]
+    """Storages and bytes that are there at the peak of each phase of the step."""
+
+
+class PhasePeak(_Data):
+    """When most is there in one phase of a step."""
+
+    module: str
+    operator: str
+    by_category: dict[str, int]
+    """Bytes alive then, as requested."""
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return sum(self.by_category.values())
+
+
 class Moment(_Data):
     """A point on the timeline of the step."""
 
@@ -100,16 +134,28 @@ class Estimate(_Data):
     """The share of it that is left free for a size to count as fitting."""
     largest_micro_batch: int | None
     """The most samples that were found to fit with the head-room, by bisection up to 1,048,576; None if not even one
-    does."""
+    does, or if it was not looked for."""
+    largest_was_sought: bool = True
     by_category: dict[str, int]
     """Bytes alive at the peak, by what they are for."""
     by_module: ModuleBytes
     by_operator: tuple[OperatorBytes, ...]
     """The largest first."""
     timeline: Timeline
+    origins: tuple[Origin, ...] = ()
+    """All that the step makes, at the peak or not, in the order in which it begins to."""
+    phases: dict[str, PhasePeak] = {}
+    """The peak of each phase of the step, in order."""
+    growth_bytes: int = 0
+    """What each step leaves behind beside what it found, so that memory grows with every step."""
     versions: dict[str, str] = {}
     assumptions: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """`allocated_peak_bytes`: the same to the byte in every run, so the number to compare."""
+        return self.allocated_peak_bytes
 
     @computed_field  # type: ignore[prop-decorator]
     @property

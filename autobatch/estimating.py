@@ -23,14 +23,17 @@ from autobatch.prediction.attention import generation
 from autobatch.prediction.bugs import bugs_as_they_are
 from autobatch.prediction.predictor import Predictor
 from autobatch.prediction.replay import replay
+from autobatch.prediction.trace import Site
 from autobatch.prediction.tracing import TracedStep, traced
-from autobatch.units import parse_bytes
+from autobatch.units import format_bytes, parse_bytes
 from autobatch.workload import Workload, as_workload, resolve
 from autobatch.workload.state import preserved
 from autobatch.workload.step import TrainingStep
 
 MOST = 1 << 20
 """Samples beyond which nobody looks for the largest micro-batch."""
+WORTH_SAYING = 10_000
+"""What each step leaves behind is told where it is more than one part of the peak in so many."""
 
 
 def estimate(
@@ -74,12 +77,16 @@ def estimate(
 def estimates(
     workload: Workload,
     batch_size: int | None,
-    devices: Sequence[str],
+    devices: Sequence[str | Target],
     memory_limit: int | str | None = None,
     headroom: float = 0.05,
     accumulation: bool = False,
+    largest: bool = True,
 ) -> list[Estimate]:
     """The same for several GPUs, from one trace (or as many as kinds of attention kernels that they choose).
+
+    Args:
+        largest: whether to look for the largest micro-batch also where `batch_size` is given.
 
     Raises: as `estimate`.
     """
@@ -89,7 +96,7 @@ def estimates(
     if not 0 <= headroom < 1:
         raise InvalidInput(f"headroom is the share of memory to leave free, from 0 to below 1, but is {headroom!r}.")
     limit = None if memory_limit is None else parse_bytes(memory_limit)
-    targets = [find_target(name) for name in devices]
+    targets = [device if isinstance(device, Target) else find_target(device) for device in devices]
     found: dict[int, Estimate] = {}
     with preserved(workload, tensors=False):
         step = resolve(workload)
@@ -98,7 +105,7 @@ def estimates(
             with bugs_as_they_are(step), traced(step, targets[same[0]].capability) as steps:
                 for i in same:
                     question = _Question(step, steps, targets[i], limit, headroom, accumulation)
-                    found[i] = question.answer(batch_size)
+                    found[i] = question.answer(batch_size, largest or batch_size is None)
     return [found[i] for i in range(len(targets))]
 
 
@@ -122,13 +129,17 @@ class _Question:
         self._headroom = headroom
         self._accumulation = accumulation
 
-    def answer(self, batch_size: int | None) -> Estimate:
-        largest = self._largest()
+    def answer(self, batch_size: int | None, with_largest: bool) -> Estimate:
+        largest = self._largest() if with_largest else None
         n = batch_size or largest or self._step.min_micro_batch
         need = self._predictor.need(self._sizes(n))
         trace = self._predictor.trace(self._sizes(n))
         position = replay(trace, settings=self._predictor.conditions.settings).peak_position
         context, reserve = self._target.context, self._step.reserve_bytes
+        peaks = attribution.phase_peaks(trace)
+        grows = attribution.growth(trace)
+        if grows and grows[0] * WORTH_SAYING < need.allocated_bytes:
+            grows = None  # such as the losses of all steps
         return Estimate(
             device=self._device.info,
             batch_size=n,
@@ -147,10 +158,14 @@ class _Question:
             limit_bytes=self._device.limit_bytes,
             headroom=self._headroom,
             largest_micro_batch=largest,
+            largest_was_sought=with_largest,
             by_category=attribution.by_category(trace, position),
             by_module=attribution.by_module(trace, position),
             by_operator=attribution.by_operator(trace, position),
             timeline=attribution.timeline(trace, trace.steady_from),
+            origins=attribution.origins(trace, peaks),
+            phases={phase.value: attribution.phase_peak(trace, at) for phase, at in peaks.items()},
+            growth_bytes=grows[0] if grows else 0,
             versions={
                 "autobatch": autobatch.__version__,
                 "python": platform.python_version(),
@@ -162,6 +177,7 @@ class _Question:
                 *self._device.warnings,
                 *precision_warnings(self._target, self._step),
                 *self._steps.warnings,
+                *([_growing(*grows)] if grows else []),
             ),
         )
 
@@ -185,3 +201,11 @@ class _Question:
 
     def _fits(self, n: int, budget: int) -> bool:
         return budget > 0 and self._predictor.fits(self._sizes(n), budget)
+
+
+def _growing(more: int, site: Site) -> str:
+    place = ", ".join(filter(None, [site.operator, site.module, site.line]))
+    return (
+        f"each step leaves {format_bytes(more)} behind that it did not find, so memory grows with every step. Most of "
+        f"it is made by {place}."
+    )

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from autobatch.cli.check import check
 from autobatch.cli.devices import devices
 from autobatch.cli.estimate import estimate
 from autobatch.cli.probe import probe
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(probe)
 app.command()(estimate)
+app.command()(check)
 app.command()(devices)
 
 

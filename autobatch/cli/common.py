@@ -3,7 +3,6 @@ work."""
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 import traceback
@@ -14,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from autobatch.errors import AutobatchError, InvalidInput
+from autobatch.errors import AutobatchError, InvalidInput, in_one_line
 from autobatch.precision import Precision
 
 MemoryLimitOption = Annotated[
@@ -29,7 +28,6 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 USER_CODE_FAILED = 3
 INTERRUPTED = 130
-OWN_CODE_FAILED = "the model's own code failed"
 
 
 def check_output(path: Path, option: str = "--output") -> None:
@@ -61,7 +59,7 @@ def explained(debug: bool) -> Iterator[None]:
         _fail(str(error), error.exit_code, debug)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's own code may raise anything: told here
         hint = "" if debug else " Run with --debug for the traceback."
-        _fail(f"{_in_one_line(error)}.{hint}", USER_CODE_FAILED, debug)
+        _fail(f"{in_one_line(error)}.{hint}", USER_CODE_FAILED, debug)
 
 
 def _fail(message: str, exit_code: int, debug: bool) -> None:
@@ -69,20 +67,3 @@ def _fail(message: str, exit_code: int, debug: bool) -> None:
         traceback.print_exc()
     print(f"autobatch: {message}", file=sys.stderr)
     raise typer.Exit(exit_code)
-
-
-def _in_one_line(error: BaseException) -> str:
-    """The exception, and the last place in the user's code that it came through.
-
-    An exception from another process brings that process's traceback along as a note.
-    """
-    if isinstance(error, SyntaxError) and error.filename:  # raised while a file is read, so no frame is in that file
-        return f"{OWN_CODE_FAILED}: {type(error).__name__}: {error.msg} ({error.filename} line {error.lineno})"
-    text = "".join([*traceback.format_exception(error), *getattr(error, "__notes__", ())])
-    places = re.findall(r'File "([^"<]+)", line (\d+), in (\S+)', text)
-    libraries = (str(Path(__file__).parents[1]), "site-packages", str(Path(traceback.__file__).parent))
-    own = [place for place in places if not any(library in place[0] for library in libraries)]
-    told = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":.")
-    if not own:
-        return f"failed outside of your own files: {told}"
-    return "{}: {} ({} line {}, in {})".format(OWN_CODE_FAILED, told, *own[-1])

@@ -109,22 +109,41 @@ def _from_profile(path: Path) -> Target:
             f"{path} is the profile of {device.name} ({device.type}), not one made on a CUDA GPU: only those can be "
             "simulated. `autobatch devices --catalog` lists those that need no profile."
         )
-    alike = [gpu for gpu in catalog.catalog() if gpu.title == device.name]
-    multiprocessors = alike[0].multiprocessors if alike else None
     if profile.context_bytes is None:
+        multiprocessors = _multiprocessors(device)
         context = context_bytes(device.capability, profile.versions.get("cuda"), version, multiprocessors)
     else:
         context = ContextEstimate(profile.context_bytes, profile.context_bytes, profile.context_bytes)
+    return _target(device, device.capability, context, version, f"the profile {path}")
+
+
+def target_here(device: DeviceInfo, context: int) -> Target:
+    """A GPU that is here, as something to predict for.
+
+    Args:
+        device: the GPU.
+        context: bytes that this process takes there outside torch's allocator.
+    """
+    assert device.capability is not None, "a CUDA device has one"
+    known = ContextEstimate(context, context, context)
+    return _target(device, device.capability, known, torch.__version__, "the GPU itself")
+
+
+def _target(device: DeviceInfo, capability: str, context: ContextEstimate, version: str, source: str) -> Target:
     return Target(
         title=device.name,
         visible_bytes=device.total_bytes,
-        capability=_capability(device.capability),
-        multiprocessors=multiprocessors or Gpu().multiprocessors,
+        capability=_capability(capability),
+        multiprocessors=_multiprocessors(device) or Gpu().multiprocessors,
         context=context,
         torch=version,
-        provenance=f"the profile {path}: {format_bytes(device.total_bytes)} visible to torch, "
+        provenance=f"{source}: {format_bytes(device.total_bytes)} visible to torch, "
         f"{format_bytes(context.likely)} for context and libraries",
     )
+
+
+def _multiprocessors(device: DeviceInfo) -> int | None:
+    return next((gpu.multiprocessors for gpu in catalog.catalog() if gpu.title == device.name), None)
 
 
 def _capability(text: str) -> tuple[int, int]:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from autobatch.estimates import ModuleBytes, Moment, OperatorBytes, Timeline
-from autobatch.prediction.trace import Category, Trace
+from autobatch.estimates import ModuleBytes, Moment, OperatorBytes, Origin, PhasePeak, Timeline
+from autobatch.prediction.trace import Category, Phase, Site, Trace
+
+_TO_STAY = (
+    Category.PARAMETER,
+    Category.BUFFER,
+    Category.GRADIENT,
+    Category.OPTIMIZER_STATE,
+    Category.WORKSPACE,
+)
+"""What is meant to be there when a step begins."""
 
 MOMENTS = 2000
 """Points of a timeline; more cannot be told apart on a screen."""
@@ -53,6 +62,69 @@ def by_module(trace: Trace, position: int) -> ModuleBytes:
         )
 
     return tree("")
+
+
+def phase_peaks(trace: Trace) -> dict[Phase, int]:
+    """The event of the steady step after which most is alive, for each of its phases, in order."""
+    found: dict[Phase, tuple[int, int]] = {}
+    phase = Phase.BATCH
+    for position, (event, alive) in enumerate(zip(trace.events, trace.allocated_bytes(), strict=True)):
+        if position < trace.steady_from or event < 0:
+            continue
+        phase = trace.sites[event].phase
+        if phase not in found or alive > found[phase][0]:
+            found[phase] = alive, position
+    return {phase: position for phase, (_, position) in found.items()}
+
+
+def phase_peak(trace: Trace, position: int) -> PhasePeak:
+    """What is there after the event at `position`, which made something."""
+    site = trace.sites[trace.events[position]]
+    return PhasePeak(module=site.module, operator=site.operator, by_category=by_category(trace, position))
+
+
+def origins(trace: Trace, positions: dict[Phase, int]) -> tuple[Origin, ...]:
+    """Everything made in the steady step or alive when it begins, by module, operator and phase, and what of it is
+    alive after the events at `positions`."""
+    groups: dict[tuple[str, str, str, bool], list[int]] = defaultdict(list)
+    for i in trace.alive_at(trace.steady_from - 1):
+        site = trace.sites[i]
+        groups[site.module, site.operator, site.phase.value, site.category not in _TO_STAY].append(i)
+    for i in trace.events[trace.steady_from :]:
+        if i >= 0:
+            site = trace.sites[i]
+            groups[site.module, site.operator, site.phase.value, False].append(i)
+    alive = {phase.value: set(trace.alive_at(position)) for phase, position in positions.items()}
+    return tuple(_origin(trace, key, storages, alive) for key, storages in groups.items())
+
+
+def _origin(trace: Trace, key: tuple[str, str, str, bool], storages: list[int], alive: dict[str, set[int]]) -> Origin:
+    module, operator, phase, earlier = key
+    there = {name: [i for i in storages if i in now] for name, now in alive.items()}
+    largest = trace.sites[max(storages, key=lambda i: (any(i in now for now in alive.values()), trace.sizes[i]))]
+    return Origin(
+        module=module,
+        operator=operator,
+        phase=phase,
+        earlier=earlier,
+        category=largest.category.value,
+        line=largest.line,
+        tensors=len(storages),
+        bytes=sum(trace.sizes[i] for i in storages),
+        alive={name: (len(found), sum(trace.sizes[i] for i in found)) for name, found in there.items() if found},
+    )
+
+
+def growth(trace: Trace) -> tuple[int, Site] | None:
+    """What each step leaves behind beside what it found: bytes, and where the largest of it is made. None: nothing."""
+
+    def left(position: int) -> list[int]:
+        return [i for i in trace.alive_at(position) if trace.sites[i].category not in _TO_STAY]
+
+    before, after = left(trace.steady_from - 1), left(len(trace.events) - 1)
+    more = sum(trace.sizes[i] for i in after) - sum(trace.sizes[i] for i in before)
+    new = set(after) - set(before)
+    return (more, trace.sites[max(new, key=trace.sizes.__getitem__)]) if more > 0 and new else None
 
 
 def timeline(trace: Trace, start: int) -> Timeline:

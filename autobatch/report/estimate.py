@@ -54,6 +54,7 @@ def facts(estimate: Estimate) -> list[tuple[str, str]]:
     """Labels and texts that tell what the answer is made of, and where it is from."""
     gradients = "; gradients of earlier micro-batches are held meanwhile" if estimate.accumulation else ""
     largest = estimate.largest_micro_batch
+    most = [("largest micro-batch", "not even 1 sample fits" if largest is None else samples_in_words(largest))]
     return [
         ("device total", f"{_interval(estimate.device_total)}: smallest capacity and context"),
         ("allocated peak", f"{format_bytes(estimate.allocated_peak_bytes)} in live tensors (max_memory_allocated)"),
@@ -64,7 +65,7 @@ def facts(estimate: Estimate) -> list[tuple[str, str]]:
         ),
         ("context", f"{_interval(estimate.context)}: CUDA context, kernels, libraries"),
         ("limit", _limit(estimate)),
-        ("largest micro-batch", "not even 1 sample fits" if largest is None else samples_in_words(largest)),
+        *(most if estimate.largest_was_sought else []),
         ("step", f"{samples_in_words(estimate.batch_size)}, {estimate.precision}{gradients}"),
         ("evidence", "predicted from a traced step, not run on such a GPU"),
         ("versions", ", ".join(f"{name} {version}" for name, version in estimate.versions.items()) or "unknown"),

@@ -10,12 +10,14 @@ import ctypes
 import io
 import pickle
 from collections.abc import Collection
+from functools import partial
 from typing import Any, BinaryIO
 
 import cloudpickle
 import torch
 from torch import nn
 from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
@@ -51,6 +53,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         name = getattr(obj, "__name__", "")
         if isinstance(obj, type) and vars(torch._C).get(name) is obj:  # such as torch.nn.attention.SDPBackend
             return getattr, (torch._C, name)
+        if isinstance(obj, FakeTensor):  # kept by the user's own code when its inputs were proved
+            return partial(torch.empty, dtype=obj.dtype, device="meta"), (tuple(obj.shape),)
         if isinstance(obj, CustomOpDef):
             return operators.reduced(obj)
         if isinstance(obj, Optimizer):  # which leaves out attributes of its own

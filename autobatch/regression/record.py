@@ -1,0 +1,134 @@
+"""What a check remembers of a step: its peak, and enough of where that is from to say later what has changed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+import autobatch
+from autobatch.estimates import Estimate, Origin, PhasePeak
+
+SMALL = 10_000
+"""What makes less than one part in so many of the peak is remembered as one."""
+THE_REST = "small ones"
+
+Count = Annotated[int, Field(ge=0, le=1 << 60)]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Settings(_Data):
+    """What was checked."""
+
+    spec: str
+    batch_size: int
+    precision: str
+    checkpointing: bool | None = None
+    accumulation: bool = False
+    device: str
+
+
+class Made(_Data):
+    """What one operator of one module makes in one phase of a step."""
+
+    category: str
+    tensors: Count = 0
+    """Storages."""
+    bytes: Count = 0
+    alive: dict[str, tuple[Count, Count]] = {}
+    """Storages and bytes that are there at the peak of each phase."""
+
+    def at(self, phase: str) -> tuple[int, int]:
+        """Storages and bytes there at the peak of that phase."""
+        return self.alive.get(phase, (0, 0))
+
+
+class Record(_Data):
+    """One case, as it was or as it is."""
+
+    settings: Settings
+    evidence: Literal["predicted", "measured"] = "predicted"
+    """Measured: `peak_bytes` and `device_total_bytes` are; where they are from is predicted all the same."""
+    versions: dict[str, str] = {}
+    peak_bytes: Count
+    """The most in live tensors: `torch.cuda.max_memory_allocated()`."""
+    device_total_bytes: Count
+    """What has to be free on the device."""
+    growth_bytes: Count = 0
+    """What each step leaves behind beside what it found."""
+    phases: dict[str, PhasePeak] = {}
+    """The peak of each phase: a change can make another one the highest."""
+    origins: dict[str, Made] = {}
+    """By module, operator and phase. Lines are left out: they move with every edit above them."""
+    lines: dict[str, str] = Field(default={}, exclude=True)
+    """`file:line` of the user's code for each of `origins`, now; not kept."""
+    warnings: tuple[str, ...] = Field(default=(), exclude=True)
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase with most; "" where that is not known."""
+        return max(self.phases, key=lambda phase: self.phases[phase].bytes, default="")
+
+
+def record_of(estimate: Estimate, settings: Settings) -> Record:
+    """What to remember of an estimate."""
+    groups, rest = _split(estimate.origins, estimate.peak // SMALL)
+    origins = {_key(origin): _made([origin]) for origin in groups}
+    if rest:
+        origins[THE_REST] = _made(rest)
+    return Record(
+        settings=settings,
+        versions=versions(),
+        peak_bytes=estimate.peak,
+        device_total_bytes=estimate.device_total.likely,
+        growth_bytes=estimate.growth_bytes,
+        phases=estimate.phases,
+        origins=dict(sorted(origins.items())),
+        lines={_key(origin): origin.line for origin in groups if origin.line},
+        warnings=estimate.warnings,
+    )
+
+
+def parts_of(key: str) -> tuple[str, str, str, bool]:
+    """Module, operator, phase and whether an earlier step left it, of a key of `Record.origins`."""
+    if key == THE_REST:
+        return "", THE_REST, "", False
+    module, operator, phase, *earlier = key.split(" | ")
+    return module, operator, phase, bool(earlier)
+
+
+def _key(origin: Origin) -> str:
+    return " | ".join([origin.module, origin.operator, origin.phase, *(["earlier step"] if origin.earlier else [])])
+
+
+def _split(origins: Iterable[Origin], least: int) -> tuple[list[Origin], list[Origin]]:
+    large: list[Origin] = []
+    small: list[Origin] = []
+    for origin in origins:
+        (large if origin.bytes >= least else small).append(origin)
+    return large, small
+
+
+def _made(origins: list[Origin]) -> Made:
+    alive: dict[str, tuple[int, int]] = {}
+    for origin in origins:
+        for phase, (tensors, count) in origin.alive.items():
+            before = alive.get(phase, (0, 0))
+            alive[phase] = before[0] + tensors, before[1] + count
+    return Made(
+        category=max(origins, key=lambda origin: origin.bytes).category,
+        tensors=sum(origin.tensors for origin in origins),
+        bytes=sum(origin.bytes for origin in origins),
+        alive=alive,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Those that the numbers depend on, without their builds: of one version, all give the same."""
+    found = {"autobatch": autobatch.__version__, "torch": importlib.metadata.version("torch")}
+    return {name: version.partition("+")[0] for name, version in found.items()}
