@@ -110,6 +110,8 @@ class Estimate(_Data):
     """What one training step takes. Printing it shows the table; `save_html` draws it."""
 
     schema_version: Literal[1] = 1
+    evidence: Literal["predicted", "measured"] = "predicted"
+    """Measured: the three peaks are those of a real step, and where they are from is predicted all the same."""
     device: DeviceInfo
     batch_size: int
     """Samples of the micro-batch."""

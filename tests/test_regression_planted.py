@@ -9,9 +9,9 @@ import planted
 import pytest
 
 from autobatch.regression.cases import Case
-from autobatch.regression.measuring import estimated
+from autobatch.regression.measuring import step_on
 from autobatch.regression.reason import common_path
-from autobatch.regression.record import Record, Settings
+from autobatch.regression.record import Record, Settings, record_of
 from autobatch.regression.tolerance import Tolerance
 from autobatch.regression.verdict import Outcome, Verdict, judged
 from autobatch.report.check import main_changes, text_lines
@@ -24,11 +24,11 @@ CASE = Case("case", "planted.py:decoder", batch_size=16, device="rtx-4090", tole
 def record(make: Callable[[], Workload]) -> Record:
     workload = make()
     settings = Settings(spec=CASE.spec, batch_size=16, precision=workload.precision, device=CASE.device)
-    return estimated(workload, settings)
+    return record_of(step_on(CASE.device, workload, CASE.batch_size), settings)
 
 
 def outcome(change: planted.Planted) -> Outcome:
-    return judged(CASE, record(change.after), record(change.before))
+    return judged(CASE.name, record(change.after), record(change.before), CASE.tolerance)
 
 
 @pytest.mark.parametrize("name", planted.REGRESSIONS)

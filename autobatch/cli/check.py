@@ -111,7 +111,7 @@ def _run(asked: Config, chosen: Sequence[str], baseline: Baseline, jobs: int) ->
             found[case.name] = failed(case.name, answer.problem, answer.exit_code, answer.details, then)
             told = "failed"
         else:
-            found[case.name] = judged(case, answer, then)
+            found[case.name] = judged(case.name, answer, then, case.tolerance, case.limit)
             told = format_bytes(answer.peak_bytes)
         if not console.is_terminal:
             print(f"[{len(found)}/{len(chosen_cases)}] {case.name}: {told}", file=sys.stderr, flush=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from autobatch.regression.record import Made, Record, parts_of
 
+LEFT_BEHIND = "left by the step before"
 _NOTHING = Made(category="")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A number that is a whole part of a path."""
@@ -45,9 +46,18 @@ def changes(then: Record, now: Record) -> list[Change]:
     at = compared_phase(then, now)
     if not at:
         return []
+    return _grouped(then.origins, now, at)
+
+
+def holders(record: Record) -> list[Change]:
+    """Who holds the bytes at the peak, the most first."""
+    return _grouped({}, record, record.peak_phase)
+
+
+def _grouped(then: Mapping[str, Made], now: Record, at: str) -> list[Change]:
     groups: dict[tuple[str, ...], list[tuple[int, str]]] = defaultdict(list)
-    for key in then.origins.keys() | now.origins.keys():
-        before, after = then.origins.get(key, _NOTHING), now.origins.get(key, _NOTHING)
+    for key in sorted(then.keys() | now.origins.keys()):
+        before, after = then.get(key, _NOTHING), now.origins.get(key, _NOTHING)
         difference = after.at(at)[1] - before.at(at)[1]
         if not difference:
             continue
@@ -57,7 +67,7 @@ def changes(then: Record, now: Record) -> list[Change]:
         alike = _NUMBER.sub("*", operator), phase, category, how, now.lines.get(key, "")
         groups[alike].append((difference, module))
     found = [_change(alike, parts) for alike, parts in groups.items()]
-    return sorted(found, key=lambda change: (-abs(change.bytes), change.modules, change.operator))
+    return sorted(found, key=lambda change: (-abs(change.bytes), change.how != LEFT_BEHIND))
 
 
 def by_category(then: Record, now: Record) -> list[tuple[str, int, int]]:
@@ -87,7 +97,7 @@ def _how(before: Made, after: Made, earlier: bool, at: str) -> str:
     (held_before, bytes_before), (held_after, bytes_after) = before.at(at), after.at(at)
     more = bytes_after > bytes_before
     if earlier:
-        return "left by the step before" if more else "no longer left by the step before"
+        return LEFT_BEHIND if more else "no longer left by the step before"
     if not before.tensors:
         return "new"
     if not after.tensors:

@@ -14,6 +14,8 @@ from autobatch.estimates import Estimate, Origin, PhasePeak
 SMALL = 10_000
 """What makes less than one part in so many of the peak is remembered as one."""
 THE_REST = "small ones"
+ALWAYS = "always"
+"""Stands for all phases, where they are alike."""
 
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
 
@@ -41,11 +43,11 @@ class Made(_Data):
     """Storages."""
     bytes: Count = 0
     alive: dict[str, tuple[Count, Count]] = {}
-    """Storages and bytes that are there at the peak of each phase."""
+    """Storages and bytes that are there at the peak of each phase, or `ALWAYS`."""
 
     def at(self, phase: str) -> tuple[int, int]:
         """Storages and bytes there at the peak of that phase."""
-        return self.alive.get(phase, (0, 0))
+        return self.alive.get(phase) or self.alive.get(ALWAYS, (0, 0))
 
 
 class Record(_Data):
@@ -78,16 +80,18 @@ class Record(_Data):
 def record_of(estimate: Estimate, settings: Settings) -> Record:
     """What to remember of an estimate."""
     groups, rest = _split(estimate.origins, estimate.peak // SMALL)
-    origins = {_key(origin): _made([origin]) for origin in groups}
+    phases = [phase for phase in estimate.phases if phase != "batch"]  # when there is next to nothing
+    origins = {_key(origin): _made([origin], phases) for origin in groups}
     if rest:
-        origins[THE_REST] = _made(rest)
+        origins[THE_REST] = _made(rest, phases)
     return Record(
         settings=settings,
+        evidence=estimate.evidence,
         versions=versions(),
         peak_bytes=estimate.peak,
         device_total_bytes=estimate.device_total.likely,
         growth_bytes=estimate.growth_bytes,
-        phases=estimate.phases,
+        phases={phase: estimate.phases[phase] for phase in phases},
         origins=dict(sorted(origins.items())),
         lines={_key(origin): origin.line for origin in groups if origin.line},
         warnings=estimate.warnings,
@@ -114,18 +118,25 @@ def _split(origins: Iterable[Origin], least: int) -> tuple[list[Origin], list[Or
     return large, small
 
 
-def _made(origins: list[Origin]) -> Made:
-    alive: dict[str, tuple[int, int]] = {}
-    for origin in origins:
-        for phase, (tensors, count) in origin.alive.items():
-            before = alive.get(phase, (0, 0))
-            alive[phase] = before[0] + tensors, before[1] + count
+def _made(origins: list[Origin], phases: list[str]) -> Made:
+    alive = {
+        phase: (
+            sum(origin.alive.get(phase, (0, 0))[0] for origin in origins),
+            sum(origin.alive.get(phase, (0, 0))[1] for origin in origins),
+        )
+        for phase in phases
+    }
+    at_all_times = set(alive.values())
     return Made(
         category=max(origins, key=lambda origin: origin.bytes).category,
         tensors=sum(origin.tensors for origin in origins),
         bytes=sum(origin.bytes for origin in origins),
-        alive=alive,
+        alive=_without_nothing({ALWAYS: at_all_times.pop()} if len(at_all_times) == 1 else alive),
     )
+
+
+def _without_nothing(alive: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    return {phase: held for phase, held in alive.items() if held[0]}
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from autobatch.child import Child, die_with, pipe_from
 from autobatch.errors import AutobatchError, in_one_line
 from autobatch.regression.cases import Case
-from autobatch.regression.record import Record, Settings
+from autobatch.regression.record import Record, Settings, record_of
 
 MODEL_FAILED = 3
 """The exit code where the user's own code fails."""
@@ -102,7 +102,7 @@ def run_here(case: Case) -> Record:
     torch.set_num_threads(1)  # nothing is computed, and there are others at work
     if not case.measured:
         tracing.claim_this_process()
-    from autobatch.regression.measuring import estimated
+    from autobatch.regression.measuring import step_on
     from autobatch.workload import Workload, specs
     from autobatch.workload.checkpointing import switch_checkpointing
 
@@ -120,7 +120,7 @@ def run_here(case: Case) -> Record:
         accumulation=case.accumulation,
         device=case.device,
     )
-    return estimated(workload, settings)
+    return record_of(step_on(case.device, workload, case.batch_size, case.accumulation), settings)
 
 
 def _failure(error: BaseException) -> Failure:

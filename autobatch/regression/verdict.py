@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from autobatch.regression.cases import Case
 from autobatch.regression.reason import Change, changes
 from autobatch.regression.record import Record
-from autobatch.regression.tolerance import Tolerance
+from autobatch.regression.tolerance import DEFAULT, Tolerance
 from autobatch.units import format_bytes
 
 
@@ -56,28 +55,34 @@ def failed(name: str, problem: str, exit_code: int, details: str = "", then: Rec
     return Outcome(name, Verdict.FAILED, then=then, problem=problem, details=details, exit_code=exit_code)
 
 
-def judged(case: Case, now: Record, then: Record | None) -> Outcome:
+def judged(
+    name: str,
+    now: Record,
+    then: Record | None,
+    tolerance: Tolerance = DEFAULT,
+    limit: int | None = None,
+) -> Outcome:
     """Compare what a case takes with what it took.
 
     Exit codes: 1 it got worse, or is over its limit; 2 there is nothing to compare it with, neither baseline nor limit.
     """
     verdict = Verdict.NOT_COMPARED
     if then is not None:
-        allowed = case.tolerance.allowed(then.peak_bytes)
+        allowed = tolerance.allowed(then.peak_bytes)
         difference = now.peak_bytes - then.peak_bytes
         verdict = Verdict.WORSE if difference > allowed else Verdict.BETTER if difference < -allowed else Verdict.SAME
-    if case.limit is not None and now.device_total_bytes > case.limit:
+    if limit is not None and now.device_total_bytes > limit:
         verdict = Verdict.OVER_LIMIT
     return Outcome(
-        case.name,
+        name,
         verdict,
         now,
         then,
-        case.tolerance,
-        case.limit,
+        tolerance,
+        limit,
         why=tuple(changes(then, now)) if then else (),
         warnings=(*now.warnings, *(_differences(then, now) if then else ())),
-        exit_code=_exit_code(verdict, case.limit),
+        exit_code=_exit_code(verdict, limit),
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autobatch.regression.reason import Change, by_category, common_path, compared_phase
+from autobatch.regression.reason import Change, by_category, common_path, compared_phase, holders
 from autobatch.regression.record import THE_REST
 from autobatch.regression.verdict import Outcome, Verdict, limit_in_words
 from autobatch.report.estimate import source_line
@@ -154,10 +154,13 @@ def modules_in_words(change: Change) -> str:
 
 def change_words(change: Change, root: Path) -> tuple[str, str, str]:
     """Bytes, what and where."""
-    line = relative(change.line, root)
-    operator = change.operator.removesuffix(".default")
-    where = f"{modules_in_words(change)}  {operator}" + (f"  {line}" if line else "")
-    return signed(change.bytes), f"{change.category}, {change.how}", where
+    return signed(change.bytes), f"{change.category}, {change.how}", place(change, root)
+
+
+def place(change: Change, root: Path) -> str:
+    """Modules, operator and line."""
+    parts = [modules_in_words(change), change.operator.removesuffix(".default"), relative(change.line, root)]
+    return "  ".join(filter(None, parts))
 
 
 def relative(line: str, root: Path) -> str:
@@ -187,6 +190,11 @@ def text_lines(outcome: Outcome, root: Path) -> Iterator[str]:
             yield f"      {where}"
         if others := all_others(outcome):
             yield f"    {signed(others)}  all other changes together"
+    if outcome.verdict is Verdict.OVER_LIMIT and outcome.now:
+        yield "  What is there at the peak:"
+        for holder in holders(outcome.now)[:CHANGES]:
+            yield f"    {format_bytes(holder.bytes)}  {holder.category}"
+            yield f"      {place(holder, root)}"
     if sentence := growth(outcome):
         yield f"  {sentence}"
     yield from (f"  Warning: {warning}" for warning in outcome.warnings)

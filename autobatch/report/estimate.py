@@ -24,6 +24,10 @@ _CHILDREN = 6
 _LEAST_SHARE = 0.03
 """A module with less of the peak is not shown by itself."""
 _INDENT = "  "
+_EVIDENCE = {
+    "predicted": "predicted from a traced step, not run on such a GPU",
+    "measured": "the peaks are those of a real step on this GPU; where they are from is predicted",
+}
 _NUMBER = re.compile(r"(?<=\.)\d+(?![^.])")
 """A number that is a whole part of a path, such as in `layers.3.weight`; but the first part says too much to go."""
 
@@ -39,7 +43,7 @@ class ModuleRow:
 
 def headline(estimate: Estimate) -> str:
     """The answer in one line: how much is predicted for which step and GPU, and whether it fits."""
-    need = f"{format_bytes(estimate.device_total.likely)} predicted"
+    need = f"{format_bytes(estimate.device_total.likely)} {estimate.evidence}"
     limit = format_bytes(estimate.limit_bytes)
     if estimate.fits:
         verdict = f"fits in {limit}"
@@ -67,7 +71,7 @@ def facts(estimate: Estimate) -> list[tuple[str, str]]:
         ("limit", _limit(estimate)),
         *(most if estimate.largest_was_sought else []),
         ("step", f"{samples_in_words(estimate.batch_size)}, {estimate.precision}{gradients}"),
-        ("evidence", "predicted from a traced step, not run on such a GPU"),
+        ("evidence", _EVIDENCE[estimate.evidence]),
         ("versions", ", ".join(f"{name} {version}" for name, version in estimate.versions.items()) or "unknown"),
     ]
 
