@@ -14,9 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autobatch import ranks
 from autobatch.errors import InvalidInput
-
-BUCKET_BYTES = 25 * 1024**2
-"""Gradients that travel together: as many as in a bucket of DistributedDataParallel (its `bucket_cap_mb`)."""
+from autobatch.training.buckets import all_reduce, broadcast
 
 
 class Sync(Protocol):
@@ -146,7 +144,7 @@ class DataParallel(_Ranks):
     def gradients(self) -> None:
         if self.recovers:
             self._fill_in()
-            _all_reduce([p.grad for p in self._parameters if p.grad is not None], self._group, self.world_size)
+            all_reduce([p.grad for p in self._parameters if p.grad is not None], self._group, self.world_size)
 
     def _fill_in(self) -> None:
         """Where a parameter was used on some ranks only, the others have gradients of zero."""
@@ -168,9 +166,9 @@ class DataParallel(_Ranks):
                 means += [t for t in (module.running_mean, module.running_var) if t is not None]
         if means:
             torch._foreach_mul_(means, share)
-        _all_reduce(means, self._group, 1)
+        all_reduce(means, self._group, 1)
         averaged = {id(tensor) for tensor in means}
-        _broadcast([b for b in self.inner.buffers() if id(b) not in averaged], self._group)
+        broadcast([b for b in self.inner.buffers() if id(b) not in averaged], self._group)
 
 
 class FullySharded(_Ranks):
@@ -247,57 +245,3 @@ def _mesh_group(model: Any) -> dist.ProcessGroup:
         )
     group: dist.ProcessGroup = mesh.get_group()
     return group
-
-
-def _all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup, divisor: int) -> None:
-    """Sum tensors over the ranks, in place, and divide them; in buckets, of which the next fills while one travels."""
-    travelling: list[tuple[Any, Tensor, list[Tensor]]] = []
-    for bucket in _buckets(tensors):
-        flat = _flat(bucket)
-        if divisor > 1:
-            flat /= divisor  # first, so that sums of half precision do not overflow, as in DistributedDataParallel
-        travelling.append((dist.all_reduce(flat, group=group, async_op=True), flat, bucket))
-        if len(travelling) > 1:
-            _arrive(*travelling.pop(0))
-    for one in travelling:
-        _arrive(*one)
-
-
-def _broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Give all ranks the first one's tensors."""
-    for bucket in _buckets(tensors):
-        flat = _flat(bucket)
-        work = dist.broadcast(flat, dist.get_global_rank(group, 0), group=group, async_op=True)
-        _arrive(work, flat, bucket)
-
-
-def _flat(bucket: list[Tensor]) -> Tensor:
-    """Their values in one row: a copy, but of a large one that travels alone as it is."""
-    if len(bucket) == 1 and bucket[0].is_contiguous():
-        return bucket[0].view(-1)
-    return torch.cat([tensor.reshape(-1) for tensor in bucket])
-
-
-def _arrive(work: Any, flat: Tensor, bucket: list[Tensor]) -> None:
-    work.wait()
-    if flat.data_ptr() == bucket[0].data_ptr():
-        return
-    parts = flat.split([tensor.numel() for tensor in bucket])
-    torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one kind each, up to BUCKET_BYTES together."""
-    open_buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
-    for tensor in tensors:
-        if tensor.numel() * tensor.element_size() >= BUCKET_BYTES:
-            yield [tensor]
-            continue
-        kind = (tensor.device, tensor.dtype)
-        open_buckets.setdefault(kind, []).append(tensor)
-        sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
-        if sizes[kind] >= BUCKET_BYTES:
-            yield open_buckets.pop(kind)
-            del sizes[kind]
-    yield from open_buckets.values()
