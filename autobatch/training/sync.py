@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -13,8 +13,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from autobatch import ranks
+from autobatch.devices import oom
 from autobatch.errors import InvalidInput
 from autobatch.training.buckets import all_reduce, broadcast
+
+
+class Stranded(Exception):
+    """This rank ran out of memory where it cannot come to the end of the step, and others wait for it."""
 
 
 class Sync(Protocol):
@@ -28,8 +33,13 @@ class Sync(Protocol):
     """Whether every rank has to run as many micro-batches as any other."""
 
     @property
+    def apart(self) -> bool:
+        """Whether no rank waits for another within the passes."""
+        ...
+
+    @property
     def recovers(self) -> bool:
-        """Whether one rank may run its micro-batches again without the others having to know before the end."""
+        """Whether all ranks come to the end of a step's passes where one runs out of memory."""
         ...
 
     def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:
@@ -46,6 +56,18 @@ class Sync(Protocol):
 
     def passing(self, last: bool) -> AbstractContextManager[object]:
         """Where a micro-batch goes forward and backward."""
+        ...
+
+    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
+        """Run all passes of a step; where memory runs out, leave no other rank waiting. Only where it `recovers`.
+
+        Args:
+            run: the passes, giving the loss.
+            catch_up: undoes what there is of them, and runs as many on next to nothing.
+
+        Raises:
+            Stranded: others are left waiting.
+        """
         ...
 
     def gradients(self) -> None:
@@ -66,6 +88,7 @@ class Alone:
 
     world_size = 1
     rank = 0
+    apart = True
     recovers = True
     equal_passes = False
 
@@ -81,6 +104,9 @@ class Alone:
     def passing(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext()
 
+    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
+        return oom.attempt(run)
+
     def gradients(self) -> None: ...
 
     def statistics(self, share: float) -> None: ...
@@ -89,7 +115,7 @@ class Alone:
         return value
 
 
-class _Ranks:
+class Ranks:
     """Ranks that tell each other things beside the gradients."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -104,13 +130,16 @@ class _Ranks:
     def gather(self, value: Any) -> list[Any]:
         return self._talk.gather(value)
 
+    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
+        return oom.attempt(run)
+
     def mean(self, value: Tensor) -> Tensor:
         value = value / self.world_size
         dist.all_reduce(value, group=self._group)
         return value
 
 
-class DataParallel(_Ranks):
+class DataParallel(Ranks):
     """DistributedDataParallel. To be able to run a step again on all ranks after one ran out of memory, no rank may
     wait for another within a backward pass: gradients are accumulated apart and averaged after the last one."""
 
@@ -124,25 +153,29 @@ class DataParallel(_Ranks):
         self._parameters = [p for n, p in self.inner.named_parameters() if n not in names and p.requires_grad]
 
     @property
-    def recovers(self) -> bool:
+    def apart(self) -> bool:
         """See `Sync`. Ranks meet within the passes of some models, and sparse gradients have no buckets."""
         model = self._model
         sparse = any(getattr(module, "sparse", False) is True for module in model.modules())
         return self._wanted and not (model._comm_hooks or self.equal_passes or sparse)
 
+    @property
+    def recovers(self) -> bool:
+        return self.apart
+
     @contextmanager
     def passing(self, last: bool) -> Iterator[None]:
-        if last and not self.recovers:
+        if last and not self.apart:
             yield
             return
-        if self.recovers:
+        if self.apart:
             # Buffers are spread in `statistics`: no rank may wait for another in a forward pass.
             self._model.require_forward_param_sync = False
         with self._model.no_sync():
             yield
 
     def gradients(self) -> None:
-        if self.recovers:
+        if self.apart:
             self._fill_in()
             all_reduce([p.grad for p in self._parameters if p.grad is not None], self._group, self.world_size)
 
@@ -171,30 +204,6 @@ class DataParallel(_Ranks):
         broadcast([b for b in self.inner.buffers() if id(b) not in averaged], self._group)
 
 
-class FullySharded(_Ranks):
-    """`fully_shard` (FSDP2): ranks gather parameters in every pass, so all run as many, or none."""
-
-    recovers = False
-    equal_passes = True
-
-    def __init__(self, model: Any, group: dist.ProcessGroup) -> None:
-        super().__init__(group)
-        self.inner = model
-        self._model = model
-
-    @contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
-        self._model.set_requires_gradient_sync(last)
-        try:
-            yield
-        finally:
-            self._model.set_requires_gradient_sync(True)
-
-    def gradients(self) -> None: ...
-
-    def statistics(self, share: float) -> None: ...
-
-
 def sync_of(model: nn.Module, world_size: int, recover: bool) -> Sync:
     """How the ranks that share a plan keep together, by what the model is wrapped in.
 
@@ -202,6 +211,8 @@ def sync_of(model: nn.Module, world_size: int, recover: bool) -> Sync:
         InvalidInput: the model is not wrapped for as many ranks as the plan has.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    from autobatch.training.sharded import FullySharded
 
     model = getattr(model, "_orig_mod", model)
     found: Sync
@@ -213,7 +224,7 @@ def sync_of(model: nn.Module, world_size: int, recover: bool) -> Sync:
             )
         found = DataParallel(model, recover)
     elif isinstance(model, FSDPModule):
-        found = FullySharded(model, _mesh_group(model))
+        found = FullySharded(model, _mesh_group(model), recover)
     elif isinstance(model, (FullyShardedDataParallel, nn.DataParallel)):
         raise InvalidInput(
             f"gradients cannot be accumulated exactly in {type(model).__name__}. Use DistributedDataParallel, or "
