@@ -263,8 +263,8 @@ class TrainingPlan(Data):
             scheduler: stepped after each optimizer step that was taken.
             scaler: for gradients in fp16. None: one is made where the plan's precision is "fp16".
             clip_grad_norm: the largest norm of the gradients, over all parameters; `math.inf` only measures it.
-            recover: where memory runs out, undo the step and run it again in smaller micro-batches. On several ranks
-                gradients then travel after the last backward pass instead of during it; not for `fully_shard`.
+            recover: where memory runs out, undo the step and run it again in smaller micro-batches. In
+                DistributedDataParallel gradients then travel after the last backward pass instead of during it.
 
         Raises:
             InvalidInput: an argument cannot be used, or contradicts another or the plan.

@@ -257,6 +257,28 @@ for seed in range(3):
 full = [p.full_tensor() for p in model.parameters()]
 print(distance(full, list(plain.parameters())) < 1e-9, file=out)
 """
+SHARDED_LOSS = """
+from torch.distributed.fsdp import fully_shard
+class Own(nn.Module):
+    # with a loss of its own
+    def __init__(self):
+        super().__init__()
+        self.scores = nn.Linear(3, 2)
+    def forward(self, x, labels=None):
+        scores = self.scores(x)
+        return scores if labels is None else {"loss": nn.functional.cross_entropy(scores, labels), "scores": scores}
+x = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
+labels = torch.arange(12) % 2
+for loss, named in ((nn.CrossEntropyLoss(), False), (None, True)):
+    torch.manual_seed(0)
+    model = Own()
+    expected = float(nn.functional.cross_entropy(model(x), labels).detach())
+    fully_shard(model)
+    stepper = plan_of(12, 3, ranks=2, rank=rank).stepper(model, torch.optim.SGD(model.parameters(), lr=0.1), loss=loss)
+    mine = slice(6 * rank, 6 * rank + 6)
+    result = stepper.step({"x": x[mine], "labels": labels[mine]} if named else (x[mine], labels[mine]))
+    print(abs(float(result) / expected - 1) < 1e-12, file=out)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +297,7 @@ def on_two_ranks(tmp_path_factory):
         oom=OOM,
         statistics=STATISTICS,
         sharded=SHARDED,
+        sharded_loss=SHARDED_LOSS,
         refused=REFUSED,
         fails=FAILS,
     )
@@ -325,6 +348,11 @@ def test_batch_norm_has_the_statistics_of_all_ranks(on_two_ranks):
 
 def test_sharded_models_have_the_gradient_of_the_whole_batch(on_two_ranks):
     assert on_two_ranks["sharded"] == ["True\n" * 3 + "True"] * 2
+
+
+def test_a_sharded_model_that_is_given_a_loss_is_not_run_on_fake_tensors(on_two_ranks):
+    """Its hooks would gather them into the model itself."""
+    assert on_two_ranks["sharded_loss"] == ["True\nTrue"] * 2
 
 
 def test_a_static_graph_is_refused(on_two_ranks):

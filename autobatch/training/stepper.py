@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -20,15 +20,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from autobatch.devices import oom
 from autobatch.errors import InvalidInput, NothingFits, RankFailed
 from autobatch.plan import TrainingPlan
-from autobatch.sizes import micro_batches
 from autobatch.training.evidence import Evidence
 from autobatch.training.loss import TrainingLoss, training_loss
 from autobatch.training.passes import MicroBatch, Passes
 from autobatch.training.reduction import Given, given
 from autobatch.training.results import Shrunk, StepResult
-from autobatch.training.sync import sync_of
+from autobatch.training.sync import Stranded, sync_of
 from autobatch.training.undo import StepStart
-from autobatch.training.window import Cutter, Window, sizes_for
+from autobatch.training.window import Cutter, Window, sizes_for, smaller_size
 from autobatch.units import format_bytes
 from autobatch.workload.runner import autocast, on_device
 
@@ -113,8 +112,7 @@ class Stepper:
         if not recovers:
             return self._finish(passes.run(window), window)
         while True:
-            with self._failing_together():
-                outcome = oom.attempt(partial(passes.run, window))
+            outcome = self._attempt(cutter, passes, window)
             shrunk = self._shrunk(outcome, window)
             if isinstance(outcome, Tensor) and not shrunk:
                 return self._finish(outcome, window)
@@ -200,6 +198,33 @@ class Stepper:
             )
         return self._parts
 
+    def _attempt(self, cutter: Cutter, passes: Passes, window: Window) -> Tensor | oom.Diagnosis:
+        """Run the passes of a step, to the loss or to the end of memory; then wait for no other rank, nor it for this.
+
+        Raises:
+            NothingFits: others are left waiting.
+        """
+
+        def catch_up() -> Tensor:
+            self._undo()
+            return passes.run(cutter.least(window))
+
+        try:
+            # Ranks that wait for this one within the passes cannot be told that it failed.
+            with self._failing_together() if self._sync.apart else nullcontext():
+                return self._sync.attempt(partial(passes.run, window), catch_up)
+        except Stranded as error:
+            size = max(window.samples)
+            smaller = smaller_size(self._plan, size, [sum(window.samples)])
+            advice = f"smaller micro-batches: fit(..., max_micro_batch={smaller})" if smaller else "more head-room"
+            raise NothingFits(
+                f"memory ran out on rank {self._sync.rank} in optimizer step {self.steps} with micro-batches of {size} "
+                f"sample{'s' if size > 1 else ''}, and {error}, while the other ranks wait for it within the step, "
+                f"which can therefore not be undone. Start all ranks again from a checkpoint, by a plan with {advice}.",
+                needed_bytes=None,
+                budget_bytes=self._plan.budget_bytes,
+            ) from error
+
     def _shrunk(self, outcome: Tensor | oom.Diagnosis, window: Window) -> bool:
         """Whether some rank ran out, so that all have undone the step, and go on with smaller micro-batches.
 
@@ -214,10 +239,10 @@ class Stepper:
         self._undo()
         message = self._sync.gather("" if isinstance(outcome, Tensor) else _in_words(outcome))[losers[0]]
         if self._plan.rank_shares:  # then ranks have sizes of their own, and each shrinks from its own
-            smaller = {rank: self._smaller(rows[rank][1], [rows[rank][2]]) for rank in losers}
+            smaller = {rank: smaller_size(self._plan, int(rows[rank][1]), [int(rows[rank][2])]) for rank in losers}
         else:
-            largest = max(rows[rank][1] for rank in losers)
-            smaller = dict.fromkeys(range(len(rows)), self._smaller(largest, [row[2] for row in rows]))
+            largest = int(max(rows[rank][1] for rank in losers))
+            smaller = dict.fromkeys(range(len(rows)), smaller_size(self._plan, largest, [int(row[2]) for row in rows]))
         size = int(rows[losers[0]][1])
         event = Shrunk(self.steps, size, smaller[losers[0]] or 0, losers[0], message)
         if None in smaller.values():
@@ -241,17 +266,6 @@ class Stepper:
                 message,
             )
         return True
-
-    def _smaller(self, size: float, samples: Sequence[float]) -> int | None:
-        """The next size of micro-batches, a fifth less or as much more as has to be, that can cut batches of so many
-        samples; None where there is none."""
-        smallest = self._plan.min_micro_batch_size
-        for candidate in range(min(int(size) * 4 // 5, int(size) - 1), smallest - 1, -1):
-            with suppress(InvalidInput):
-                for one in filter(None, samples):
-                    micro_batches(int(one), candidate, smallest)
-                return candidate
-        return None
 
     def _undo(self) -> None:
         self._drop_gradients()

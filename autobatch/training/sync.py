@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -13,10 +13,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from autobatch import ranks
+from autobatch.devices import oom
 from autobatch.errors import InvalidInput
+from autobatch.training.buckets import all_reduce, broadcast
 
-BUCKET_BYTES = 25 * 1024**2
-"""Gradients that travel together: as many as in a bucket of DistributedDataParallel (its `bucket_cap_mb`)."""
+
+class Stranded(Exception):
+    """This rank ran out of memory where it cannot come to the end of the step, and others wait for it."""
 
 
 class Sync(Protocol):
@@ -30,8 +33,13 @@ class Sync(Protocol):
     """Whether every rank has to run as many micro-batches as any other."""
 
     @property
+    def apart(self) -> bool:
+        """Whether no rank waits for another within the passes."""
+        ...
+
+    @property
     def recovers(self) -> bool:
-        """Whether one rank may run its micro-batches again without the others having to know before the end."""
+        """Whether all ranks come to the end of a step's passes where one runs out of memory."""
         ...
 
     def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:
@@ -48,6 +56,18 @@ class Sync(Protocol):
 
     def passing(self, last: bool) -> AbstractContextManager[object]:
         """Where a micro-batch goes forward and backward."""
+        ...
+
+    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
+        """Run all passes of a step; where memory runs out, leave no other rank waiting. Only where it `recovers`.
+
+        Args:
+            run: the passes, giving the loss.
+            catch_up: undoes what there is of them, and runs as many on next to nothing.
+
+        Raises:
+            Stranded: others are left waiting.
+        """
         ...
 
     def gradients(self) -> None:
@@ -68,6 +88,7 @@ class Alone:
 
     world_size = 1
     rank = 0
+    apart = True
     recovers = True
     equal_passes = False
 
@@ -83,6 +104,9 @@ class Alone:
     def passing(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext()
 
+    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
+        return oom.attempt(run)
+
     def gradients(self) -> None: ...
 
     def statistics(self, share: float) -> None: ...
@@ -91,7 +115,7 @@ class Alone:
         return value
 
 
-class _Ranks:
+class Ranks:
     """Ranks that tell each other things beside the gradients."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -106,13 +130,16 @@ class _Ranks:
     def gather(self, value: Any) -> list[Any]:
         return self._talk.gather(value)
 
+    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
+        return oom.attempt(run)
+
     def mean(self, value: Tensor) -> Tensor:
         value = value / self.world_size
         dist.all_reduce(value, group=self._group)
         return value
 
 
-class DataParallel(_Ranks):
+class DataParallel(Ranks):
     """DistributedDataParallel. To be able to run a step again on all ranks after one ran out of memory, no rank may
     wait for another within a backward pass: gradients are accumulated apart and averaged after the last one."""
 
@@ -126,27 +153,31 @@ class DataParallel(_Ranks):
         self._parameters = [p for n, p in self.inner.named_parameters() if n not in names and p.requires_grad]
 
     @property
-    def recovers(self) -> bool:
+    def apart(self) -> bool:
         """See `Sync`. Ranks meet within the passes of some models, and sparse gradients have no buckets."""
         model = self._model
         sparse = any(getattr(module, "sparse", False) is True for module in model.modules())
         return self._wanted and not (model._comm_hooks or self.equal_passes or sparse)
 
+    @property
+    def recovers(self) -> bool:
+        return self.apart
+
     @contextmanager
     def passing(self, last: bool) -> Iterator[None]:
-        if last and not self.recovers:
+        if last and not self.apart:
             yield
             return
-        if self.recovers:
+        if self.apart:
             # Buffers are spread in `statistics`: no rank may wait for another in a forward pass.
             self._model.require_forward_param_sync = False
         with self._model.no_sync():
             yield
 
     def gradients(self) -> None:
-        if self.recovers:
+        if self.apart:
             self._fill_in()
-            _all_reduce([p.grad for p in self._parameters if p.grad is not None], self._group, self.world_size)
+            all_reduce([p.grad for p in self._parameters if p.grad is not None], self._group, self.world_size)
 
     def _fill_in(self) -> None:
         """Where a parameter was used on some ranks only, the others have gradients of zero."""
@@ -168,33 +199,9 @@ class DataParallel(_Ranks):
                 means += [t for t in (module.running_mean, module.running_var) if t is not None]
         if means:
             torch._foreach_mul_(means, share)
-        _all_reduce(means, self._group, 1)
+        all_reduce(means, self._group, 1)
         averaged = {id(tensor) for tensor in means}
-        _broadcast([b for b in self.inner.buffers() if id(b) not in averaged], self._group)
-
-
-class FullySharded(_Ranks):
-    """`fully_shard` (FSDP2): ranks gather parameters in every pass, so all run as many, or none."""
-
-    recovers = False
-    equal_passes = True
-
-    def __init__(self, model: Any, group: dist.ProcessGroup) -> None:
-        super().__init__(group)
-        self.inner = model
-        self._model = model
-
-    @contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
-        self._model.set_requires_gradient_sync(last)
-        try:
-            yield
-        finally:
-            self._model.set_requires_gradient_sync(True)
-
-    def gradients(self) -> None: ...
-
-    def statistics(self, share: float) -> None: ...
+        broadcast([b for b in self.inner.buffers() if id(b) not in averaged], self._group)
 
 
 def sync_of(model: nn.Module, world_size: int, recover: bool) -> Sync:
@@ -204,6 +211,8 @@ def sync_of(model: nn.Module, world_size: int, recover: bool) -> Sync:
         InvalidInput: the model is not wrapped for as many ranks as the plan has.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    from autobatch.training.sharded import FullySharded
 
     model = getattr(model, "_orig_mod", model)
     found: Sync
@@ -215,7 +224,7 @@ def sync_of(model: nn.Module, world_size: int, recover: bool) -> Sync:
             )
         found = DataParallel(model, recover)
     elif isinstance(model, FSDPModule):
-        found = FullySharded(model, _mesh_group(model))
+        found = FullySharded(model, _mesh_group(model), recover)
     elif isinstance(model, (FullyShardedDataParallel, nn.DataParallel)):
         raise InvalidInput(
             f"gradients cannot be accumulated exactly in {type(model).__name__}. Use DistributedDataParallel, or "
@@ -247,57 +256,3 @@ def _mesh_group(model: Any) -> dist.ProcessGroup:
         )
     group: dist.ProcessGroup = mesh.get_group()
     return group
-
-
-def _all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup, divisor: int) -> None:
-    """Sum tensors over the ranks, in place, and divide them; in buckets, of which the next fills while one travels."""
-    travelling: list[tuple[Any, Tensor, list[Tensor]]] = []
-    for bucket in _buckets(tensors):
-        flat = _flat(bucket)
-        if divisor > 1:
-            flat /= divisor  # first, so that sums of half precision do not overflow, as in DistributedDataParallel
-        travelling.append((dist.all_reduce(flat, group=group, async_op=True), flat, bucket))
-        if len(travelling) > 1:
-            _arrive(*travelling.pop(0))
-    for one in travelling:
-        _arrive(*one)
-
-
-def _broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Give all ranks the first one's tensors."""
-    for bucket in _buckets(tensors):
-        flat = _flat(bucket)
-        work = dist.broadcast(flat, dist.get_global_rank(group, 0), group=group, async_op=True)
-        _arrive(work, flat, bucket)
-
-
-def _flat(bucket: list[Tensor]) -> Tensor:
-    """Their values in one row: a copy, but of a large one that travels alone as it is."""
-    if len(bucket) == 1 and bucket[0].is_contiguous():
-        return bucket[0].view(-1)
-    return torch.cat([tensor.reshape(-1) for tensor in bucket])
-
-
-def _arrive(work: Any, flat: Tensor, bucket: list[Tensor]) -> None:
-    work.wait()
-    if flat.data_ptr() == bucket[0].data_ptr():
-        return
-    parts = flat.split([tensor.numel() for tensor in bucket])
-    torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one kind each, up to BUCKET_BYTES together."""
-    open_buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
-    for tensor in tensors:
-        if tensor.numel() * tensor.element_size() >= BUCKET_BYTES:
-            yield [tensor]
-            continue
-        kind = (tensor.device, tensor.dtype)
-        open_buckets.setdefault(kind, []).append(tensor)
-        sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
-        if sizes[kind] >= BUCKET_BYTES:
-            yield open_buckets.pop(kind)
-            del sizes[kind]
-    yield from open_buckets.values()

@@ -81,6 +81,14 @@ class Cutter:
         window = self._weighed(some, layout, micros, samples)
         return _filled(window, len(micros)) if self._sync.equal_passes else window
 
+    def least(self, window: Window) -> Window:
+        """As many micro-batches as in a window, each of as few samples as can be, to run but not to learn from."""
+        micro, size = window.micros[0], min(self._plan.min_micro_batch_size, window.samples[0])
+        layout = self._plan.layout_of(micro)
+        few = batches.split(micro, [size, layout.size - size], layout)[0]
+        passes = len(window.micros)
+        return Window([few] * passes, [size] * passes, window.weights, window.share)
+
     def _weighed(self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]) -> Window:
         reduction = self._reduction
         if isinstance(reduction, Evidence):
@@ -94,7 +102,7 @@ class Cutter:
                 "batches out."
             )
         idle = [rank for rank, row in enumerate(rows) if not row[0]]
-        if idle and not self._sync.recovers:
+        if idle and not self._sync.apart:
             raise InvalidInput(
                 f"nothing in the batch of rank {idle[0]} counts ({reduction.words}), and ranks meet within the passes "
                 "of this model, so that none can leave its own out. Leave such batches out."
@@ -113,6 +121,18 @@ def sizes_for(plan: TrainingPlan, samples: int, largest: int) -> tuple[int, ...]
     if samples == sum(plan.micro_batch_sizes) and max(plan.micro_batch_sizes) <= largest:
         return plan.micro_batch_sizes
     return micro_batches(samples, largest, plan.min_micro_batch_size)
+
+
+def smaller_size(plan: TrainingPlan, size: int, samples: Sequence[int]) -> int | None:
+    """The next size of micro-batches, a fifth less or as much more as has to be, that can cut batches of so many
+    samples; None where there is none."""
+    smallest = plan.min_micro_batch_size
+    for candidate in range(min(size * 4 // 5, size - 1), smallest - 1, -1):
+        with suppress(InvalidInput):
+            for one in filter(None, samples):
+                micro_batches(one, candidate, smallest)
+            return candidate
+    return None
 
 
 def _filled(window: Window, passes: int) -> Window:

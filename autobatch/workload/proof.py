@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import sys
 import types
 import warnings
 from collections import OrderedDict, defaultdict
@@ -104,6 +105,12 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to it: its hooks belong to the model itself, also when a shadow calls them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing was
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def _reads_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, NotImplementedError, TypeError)) and any(
         word in str(error) for word in _BEYOND_FAKES_WORDS
@@ -185,6 +192,8 @@ class Shadows:
     def of(self, module: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
             raise fake_tensor.UnsupportedFakeTensorException("TorchScript does not run on fake tensors")
+        if _is_sharded(module):
+            raise fake_tensor.UnsupportedFakeTensorException("fully_shard would gather fake tensors into the model")
         if id(module) not in self._done:
             shadow = self._done[id(module)] = object.__new__(type(module))
             shadow.__dict__.update((name, self._value(value)) for name, value in module.__dict__.items())
