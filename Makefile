@@ -11,7 +11,7 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 STAMP := $(VENV)/.installed
 CONSTRAINTS := $(VENV)/torch.txt
 
-.PHONY: help demo test proof lint format clean
+.PHONY: help demo test proof check lint format clean
 
 help:  ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ test: $(STAMP)-test  ## run the tests
 
 proof: $(STAMP)-test  ## prove answers at the edge of memory in fresh processes (minutes)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(STAMP)-base  ## compare the memory of the examples' training steps with the committed baseline
+	$(BIN)/autobatch check $(ARGS)
 
 lint: $(STAMP)-dev  ## check style, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -238,14 +238,18 @@ def _decoder(**options: Any) -> Callable[[], Workload]:
 
 
 BASE = _decoder()
+RECOMPUTING = _decoder(checkpointing=True)
+
+
+def cnn() -> Workload:
+    return detector(inplace=False)
+
 
 REGRESSIONS = {
     "an activation kept in a list": Planted(
         BASE, _decoder(keep_activations=True), "blocks.*", "left by the step before", "x + self.mlp"
     ),
-    "checkpointing dropped": Planted(
-        _decoder(checkpointing=True), _decoder(), "blocks.*.attention", "lives longer", "aten._softmax("
-    ),
+    "checkpointing dropped": Planted(RECOMPUTING, BASE, "blocks.*.attention", "lives longer", "aten._softmax("),
     "softmax in fp32": Planted(
         BASE, _decoder(softmax_in_fp32=True), "blocks.*.attention", "larger", "scores.float().softmax(-1)"
     ),

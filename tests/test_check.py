@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from autobatch.cli import app
@@ -42,12 +43,23 @@ def make():
 def broken():
     raise KeyError("no such layer")
 
-class Looks(nn.Linear):
-    def forward(self, x):
-        return super().forward(x[: int(x.sum().item() > 0) + 1])
-
 def untraceable():
-    return nn.Sequential(nn.Linear(8, 8), Looks(8, 8))
+    table = nn.Embedding(10, 4, sparse=True)
+    return Workload(table, lambda n: torch.randint(10, (n,)), training_step=lambda model, batch: model(batch).sum())
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(8, 1024), nn.GELU(), nn.Linear(1024, 8)) for _ in range(6)]
+        self.layers, self.recompute = nn.ModuleList(layers), False
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+        return x
+
+    def set_grad_checkpointing(self, enable=True):
+        self.recompute = enable
 
 def slow():
     import time
@@ -101,7 +113,7 @@ def test_a_case_is_new_then_the_same_then_worse_and_blamed_then_updated(project:
     edit(project / "train.py", "self.first(x).relu()", "self.first(x).double().relu().float()")
     worse = check()
     assert worse.exit_code == 1
-    assert re.search(r"\+8\.0 MiB +saved activation, larger\n +the step itself +aten\.relu +train\.py:14", worse.stdout)
+    assert re.search(r"\+4\.0 MiB +saved activation, larger\n +the step itself +aten\.relu +train\.py:14", worse.stdout)
 
     updated = check("--update")
     assert updated.exit_code == 0
@@ -176,7 +188,7 @@ def test_a_baseline_that_cannot_be_used_is_told_and_the_cases_run(project: Path,
 def test_cases_that_fail_are_told_in_a_line_each_and_the_others_run(project: Path) -> None:
     failing = [
         '{ name = "broken", spec = "train.py:broken", batch_size = 2, device = "rtx-4090" }',
-        '{ name = "looks", spec = "train.py:untraceable", batch_size = 2, device = "rtx-4090" }',
+        '{ name = "sparse", spec = "train.py:untraceable", batch_size = 2, device = "rtx-4090" }',
         '{ name = "card", spec = "train.py:make", batch_size = 2, device = "rtx-9999" }',
         '{ name = "size", spec = "train.py:make", batch_size = "many", device = "rtx-4090" }',
         '{ name = "switch", spec = "train.py:make", batch_size = 2, device = "rtx-4090", checkpointing = true }',
@@ -191,7 +203,7 @@ def test_cases_that_fail_are_told_in_a_line_each_and_the_others_run(project: Pat
     assert found["net"]["verdict"] == "ok"
     assert "KeyError: 'no such layer'" in found["broken"]["problem"]
     assert "train.py line 21" in found["broken"]["problem"]
-    assert "aten._local_scalar_dense" in found["looks"]["problem"]
+    assert "sparse gradients" in found["sparse"]["problem"]
     assert "rtx-9999" in found["card"]["problem"]
     assert "batch_size must be a whole number of at least 1, but is 'many'" in found["size"]["problem"]
     assert "no switch for activation checkpointing" in found["switch"]["problem"]
@@ -200,15 +212,16 @@ def test_cases_that_fail_are_told_in_a_line_each_and_the_others_run(project: Pat
 
 
 def test_checkpointing_is_switched_on_for_a_case(project: Path) -> None:
-    small = "hf:gpt2?n_layer=4&n_embd=64&n_head=2&vocab_size=100"
-    base = f'spec = "{small}", batch_size = 32, device = "rtx-4090"'
+    base = 'spec = "train.py:Deep", batch_size = 4096, device = "rtx-4090"'
     configure(
         project,
         f'{{ name = "kept", {base} }}',
         f'{{ name = "recomputed", {base}, checkpointing = true }}',
     )
-    peaks = {case["name"]: case["peak_bytes"] for case in shown(check("--json"))["cases"]}
+    result = check("--json")
+    peaks = {case["name"]: case["peak_bytes"] for case in shown(result)["cases"]}
 
+    assert all(peaks.values()), result.stdout
     assert peaks["recomputed"] < peaks["kept"] / 2
 
 
@@ -395,3 +408,37 @@ def test_the_demo_is_green_then_a_regression_is_caught_then_updated(
     assert check("--update").exit_code == 0
     assert check().exit_code == 0
     assert os.listdir(tmp_path / ".autobatch") == ["baseline.json"]
+
+
+def test_the_action_runs_the_check_and_writes_the_summary(tmp_path: Path) -> None:
+    action = yaml.safe_load((DEMO.parents[1] / "action.yml").read_text())
+    assert action["runs"]["using"] == "composite"
+    assert all(step.get("shell") == "bash" for step in action["runs"]["steps"] if "run" in step)
+    shutil.copytree(DEMO, tmp_path / "project")
+    edit(
+        tmp_path / "project/train.py",
+        "WIDTH, HEADS, LENGTH, CLASSES = 8000, 256",
+        "WIDTH, HEADS, LENGTH, CLASSES = 8000, 320",
+    )
+    command = tmp_path / "autobatch"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m autobatch "$@"\n')
+    command.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "CASES": "encoder",
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"),
+        "GITHUB_WORKSPACE": str(tmp_path / "project"),
+    }
+    script = action["runs"]["steps"][-1]["run"]
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", script],
+        cwd=tmp_path / "project",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 1, done.stderr
+    assert "::error file=train.py,line=" in done.stdout
+    assert "| encoder |" in (tmp_path / "summary.md").read_text()

@@ -1,7 +1,11 @@
 """Regressions as people make them are caught and blamed on the right module; refactorings are not flagged."""
 
 import linecache
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -51,3 +55,34 @@ def test_a_refactoring_is_not_flagged(name: str) -> None:
     found = outcome(planted.REFACTORINGS[name])
 
     assert found.verdict is Verdict.SAME, "\n".join(text_lines(found, Path.cwd()))
+
+
+IN_A_NEW_PROCESS = """
+import sys, planted, torch
+from test_regression_planted import record
+from autobatch.prediction import tracing
+torch.set_num_threads(int(sys.argv[1]))
+tracing.claim_this_process()
+for make in (planted.cnn, planted.BASE, planted.RECOMPUTING):
+    print(record(make).model_dump_json())
+"""
+
+
+def recorded(seed: int) -> str:
+    """The records of a CNN, a transformer with autocast and one with checkpointing, from a fresh process."""
+    environment = os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": str(seed % 3 + 1)}
+    environment |= {"AUTOBATCH_CACHE": os.devnull, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_NEW_PROCESS, str(seed % 3 + 1)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("runs", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_every_process_gives_the_same_record(runs: int) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        found = set(pool.map(recorded, range(1, runs + 1)))
+
+    assert len(found) == 1

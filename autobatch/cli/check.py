@@ -37,11 +37,11 @@ class Format(str, Enum):
 
 def check(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[CASE]...", help="Which cases. Default: all.", show_default=False)
+        list[str] | None, typer.Argument(metavar="CASE", help="Which cases. Default: all.", show_default=False)
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The pyproject.toml. Default: the nearest with [tool.autobatch.check]."),
+        typer.Option(metavar="FILE", help="The pyproject.toml. Default: the nearest that has cases."),
     ] = None,
     update: Annotated[
         bool, typer.Option("--update", help="Make what is now the baseline, and say what changed.")
@@ -57,10 +57,10 @@ def check(
 ) -> None:
     """Compare the memory of training steps with a committed baseline, and say which line is to blame for more.
 
-    Needs no GPU: steps are traced, to the same byte each time. What to check stands in pyproject.toml, under
-    [tool.autobatch.check].
+    Needs no GPU: steps are traced, to the same byte each time. The cases stand in pyproject.toml, in the table
+    tool.autobatch.check.
 
-    Exit codes: 0 as before, or better; 1 worse, or over a limit; 2 bad usage, or no baseline; 3 a model's own code
+    Exit codes: 0 as before, or better; 1 worse, or over a limit; 2 bad usage, or no baseline; 3 the model's own code
     failed, or cannot be traced; 130 interrupted.
     """
     with explained(debug):
