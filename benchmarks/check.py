@@ -1,7 +1,7 @@
 """What a memory check costs: `python -m benchmarks.check [--jobs N]`.
 
-Five cases of the size of ResNet-50 and GPT-2 small, twice: traced for the first time, then with kept traces. Prints wall
-seconds.
+Five cases of the size of ResNet-50 and GPT-2 small, twice: traced for the first time, then with kept traces. Prints
+wall seconds.
 """
 
 from __future__ import annotations

@@ -118,21 +118,16 @@ def test_a_baseline_is_written_then_held_to_and_more_is_blamed(run, pytester: py
 
     run(check(64)).assert_outcomes(passed=1)
 
-    worse = run(check(96))
+    worse = run(check(96), "--autobatch-tolerance=3%")
     worse.assert_outcomes(failed=1)
     worse.stdout.fnmatch_lines(
-        ["*more than the baseline's; tolerated: 2%*", "*saved activation, larger*", "*test_model.py:1*"]
+        ["*more than the baseline's; tolerated: 3%*", "*saved activation, larger*", "*test_model.py:1*"]
     )
     assert (pytester.path / ".autobatch/pytest.json").read_text() == first
-
-    run(check(96), "--autobatch-tolerance=200%").assert_outcomes(passed=1)
 
     better = run(check(32))
     better.assert_outcomes(passed=1)
     better.stdout.fnmatch_lines(["*lock it in: pytest --autobatch-update*"])
-
-    run(check(96), "--autobatch-update").assert_outcomes(passed=1)
-    run(check(96)).assert_outcomes(passed=1)
 
 
 def test_several_checks_of_one_test_have_records_of_their_own(run, pytester: pytest.Pytester) -> None:
@@ -165,9 +160,6 @@ def test_workers_of_xdist_write_one_baseline_together(run, pytester: pytest.Pyte
 
     cases = json.loads((pytester.path / ".autobatch/pytest.json").read_text())["cases"]
     assert sorted(cases) == ["test_model.py::test_other", "test_model.py::test_training"]
-    worse = run(source.replace("48", "80"), "-n2", new_process=True)
-    worse.assert_outcomes(passed=1, failed=1)
-    worse.stdout.fnmatch_lines(["*more than the baseline's*"])
 
 
 def test_unused_it_imports_neither_torch_nor_pydantic() -> None:

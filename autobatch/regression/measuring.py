@@ -6,7 +6,7 @@ from contextlib import closing
 
 from autobatch.devices import get_device
 from autobatch.devices.target import Target, target_here
-from autobatch.errors import NothingFits, NotTraceable
+from autobatch.errors import NothingFits, NotTraceable, WorkloadNotPortable
 from autobatch.estimates import Estimate, Interval, ModuleBytes, Timeline
 from autobatch.estimating import estimates
 from autobatch.trial import Trial
@@ -55,7 +55,7 @@ def _measured(name: str, workload: Workload, batch_size: int, accumulation: bool
     }
     try:
         where = _predicted(target_here(device.info, context), workload, batch_size, accumulation)
-    except NotTraceable as error:
+    except (NotTraceable, WorkloadNotPortable) as error:
         where = Estimate(
             device=device.info,
             batch_size=batch_size,
