@@ -72,7 +72,7 @@ class TrainingPlan(Data):
     """The fewest samples that the model runs on."""
     max_is_exact: bool = False
     """Whether one sample more was tried and did not fit, or was not needed; otherwise the maximum may be up to 2 % more
-    (on the CPU, an eighth)."""
+    (on the CPU, 256 MiB worth of samples, an eighth at most)."""
     peak_bytes: Bytes
     """The most that a training step with these micro-batches held on the device."""
     limit_bytes: Bytes
