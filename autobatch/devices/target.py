@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autobatch.devices import catalog
@@ -15,6 +14,7 @@ from autobatch.devices.context import ContextEstimate, context_bytes
 from autobatch.errors import InvalidInput
 from autobatch.prediction.kernels import Gpu
 from autobatch.prediction.predictor import Conditions
+from autobatch.torch_version import installed
 from autobatch.trial import DeviceInfo
 from autobatch.units import format_bytes, parse_bytes
 
@@ -73,14 +73,15 @@ def find_target(name: str) -> Target:
         return _from_profile(path)
     by_size = _SIZE.fullmatch(name.strip()) is not None
     gpu = catalog.of_size(parse_bytes(name)) if by_size else catalog.find(name)
-    context = context_bytes(gpu.capability, torch.version.cuda, torch.__version__, gpu.multiprocessors)
+    version, cuda = installed()
+    context = context_bytes(gpu.capability, cuda, version, gpu.multiprocessors)
     return Target(
         title=_any_like(gpu) if by_size else gpu.title,
         visible_bytes=gpu.visible_bytes,
         capability=_capability(gpu.capability),
         multiprocessors=gpu.multiprocessors,
         context=context,
-        torch=torch.__version__,
+        torch=version,
         provenance=(
             f"the catalogue: {format_bytes(gpu.visible_bytes)} visible to torch ({gpu.visible_from}), about "
             f"{format_bytes(context.likely)} for context and libraries"
@@ -103,7 +104,7 @@ def _from_profile(path: Path) -> Target:
         raise InvalidInput(
             f"{path} is no device profile ({reason}). Make one on the GPU itself: autobatch probe --output {path.name}"
         ) from error
-    device, version = profile.device, profile.versions.get("torch", torch.__version__)
+    device, version = profile.device, profile.versions.get("torch", installed()[0])
     if device.type != "cuda" or device.capability is None:
         raise InvalidInput(
             f"{path} is the profile of {device.name} ({device.type}), not one made on a CUDA GPU: only those can be "
