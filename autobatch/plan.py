@@ -19,7 +19,7 @@ from autobatch.errors import InvalidInput, PlanFileError
 from autobatch.files import write_whole
 from autobatch.precision import Precision
 from autobatch.sizes import in_steps, micro_batches, split_evenly
-from autobatch.trial import Bytes, Data, DeviceInfo, Samples, Trial
+from autobatch.trial import Bytes, Data, DeviceInfo, Samples, Trial, complaint
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -373,9 +373,7 @@ class TrainingPlan(Data):
         try:
             return cls.model_validate_json(text)  # strict, where JSON has a type of its own
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the plan"
-            raise PlanFileError(f"the plan {path} is damaged: {where}: {first['msg']}. Make the plan again.") from error
+            raise PlanFileError(f"the plan {path} is damaged: {complaint(error)}. Make the plan again.") from error
 
     def __str__(self) -> str:
         from autobatch.report.terminal import plan_text

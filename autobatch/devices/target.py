@@ -15,7 +15,7 @@ from autobatch.errors import InvalidInput
 from autobatch.prediction.kernels import Gpu
 from autobatch.prediction.predictor import Conditions
 from autobatch.torch_version import installed
-from autobatch.trial import DeviceInfo
+from autobatch.trial import DeviceInfo, complaint
 from autobatch.units import format_bytes, parse_bytes
 
 _SIZE = re.compile(r"[\d.]+\s*[KMGT](i?B)?", re.IGNORECASE)
@@ -100,7 +100,7 @@ def _from_profile(path: Path) -> Target:
     except OSError as error:
         raise InvalidInput(f"the device profile {path} cannot be read: {error.strerror}.") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = complaint(error) if isinstance(error, ValidationError) else str(error)
         raise InvalidInput(
             f"{path} is no device profile ({reason}). Make one on the GPU itself: autobatch probe --output {path.name}"
         ) from error
