@@ -54,7 +54,7 @@ def complaint(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     kind, given, context = first["type"], first["input"], first.get("ctx", {})
     where = ".".join(map(str, first["loc"]))
-    what = repr(given) if isinstance(given, (int, float, str)) else f"this {type(given).__name__}"
+    what = "null" if given is None else repr(given) if isinstance(given, (int, float, str)) else "what is there"
     if kind == "value_error":
         wrong = str(context["error"])
     elif kind == "missing":
