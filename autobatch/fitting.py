@@ -73,8 +73,8 @@ def fit(
         headroom: the share of that limit to leave free, from 0 to below 1.
         world_size: ranks that share the target. None: those of torch.distributed where it is initialised, else 1.
         max_micro_batch: never try more samples than this.
-        exact: also prove that one more sample does not fit; otherwise the maximum is found to within 2 % (an eighth on
-            the CPU, where the peaks of neighbouring sizes jump).
+        exact: also prove that one more sample does not fit; otherwise the maximum is found to within 2 % (on the
+            CPU, where the peaks of neighbouring sizes jump, within 256 MiB, or an eighth if that is less).
         per_rank: give each rank of an initialised torch.distributed group a part of the target by its speed, with its
             own largest micro-batch, instead of equal parts with the smallest rank's.
         progress: called with each event of `autobatch.progress`.

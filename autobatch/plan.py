@@ -19,7 +19,7 @@ from autobatch.errors import InvalidInput, PlanFileError
 from autobatch.files import write_whole
 from autobatch.precision import Precision
 from autobatch.sizes import in_steps, micro_batches, split_evenly
-from autobatch.trial import Bytes, Data, DeviceInfo, Samples, Trial
+from autobatch.trial import Bytes, Data, DeviceInfo, Samples, Trial, complaint
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,7 +72,7 @@ class TrainingPlan(Data):
     """The fewest samples that the model runs on."""
     max_is_exact: bool = False
     """Whether one sample more was tried and did not fit, or was not needed; otherwise the maximum may be up to 2 % more
-    (on the CPU, an eighth)."""
+    (on the CPU, 256 MiB worth of samples, an eighth at most)."""
     peak_bytes: Bytes
     """The most that a training step with these micro-batches held on the device."""
     limit_bytes: Bytes
@@ -373,9 +373,7 @@ class TrainingPlan(Data):
         try:
             return cls.model_validate_json(text)  # strict, where JSON has a type of its own
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the plan"
-            raise PlanFileError(f"the plan {path} is damaged: {where}: {first['msg']}. Make the plan again.") from error
+            raise PlanFileError(f"the plan {path} is damaged: {complaint(error)}. Make the plan again.") from error
 
     def __str__(self) -> str:
         from autobatch.report.terminal import plan_text

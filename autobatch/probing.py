@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, SupportsIndex
@@ -205,9 +206,13 @@ def _confirm(attempt: Attempts, sizes: tuple[int, ...]) -> Trial | None:
     """Run sizes that the plan will name, unless that has been done as thoroughly as the device asks for."""
     if set(sizes) <= attempt.sizes_confirmed:
         return None
-    # Of several micro-batches the first and the last are all sizes there are; the larger comes second, as the earlier
-    # one's gradients are held then.
-    return attempt(sizes if len(sizes) == 1 else (sizes[-1], sizes[0]), thorough=True)
+    return attempt(_two_of(sizes), thorough=True)
+
+
+def _two_of(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """What stands for all of a step's micro-batches: the first and the last are all sizes there are. The larger comes
+    second, as the earlier one's gradients are held then."""
+    return sizes if len(sizes) == 1 else (sizes[-1], sizes[0])
 
 
 def _smaller(attempt: Attempts, failed: Trial) -> int:
@@ -223,6 +228,15 @@ def _smaller(attempt: Attempts, failed: Trial) -> int:
     return guess
 
 
+def _named(question: Question, step: TrainingStep, largest: int) -> tuple[int, ...]:
+    """The micro-batches that a plan would name if this size is the largest that fits; () where there is none yet."""
+    if question.per_rank:  # the parts are not known before the speeds
+        return (largest,) if largest == question.share else ()
+    with suppress(InvalidInput):
+        return micro_batches_of_ranks(question.target, question.world_size, largest, step.min_micro_batch)[0]
+    return ()
+
+
 def _search(attempt: Attempts, step: TrainingStep, question: Question) -> MicroBatchSearch:
     whole = question.cap == question.share
     gradients = sum(p.numel() * p.element_size() for p in step.model.parameters() if p.requires_grad)
@@ -235,9 +249,14 @@ def _search(attempt: Attempts, step: TrainingStep, question: Question) -> MicroB
         jump_bytes=attempt.jump_bytes,
         # The whole target in one pass holds no gradients of an earlier micro-batch.
         whole_saving_bytes=gradients if whole else 0,
+        rounded=lambda largest: max(_named(question, step, largest), default=largest),
     )
     while (size := search.propose()) is not None:
-        trial = attempt((size,) if whole and size == question.cap else (size, size), thorough=question.exact)
+        sizes = _named(question, step, size)
+        if size in sizes:  # the plan's own, so that they need not be run again
+            trial = attempt(_two_of(sizes), thorough=True)
+        else:
+            trial = attempt((size, size), thorough=question.exact)
         search.observe(
             size, fits=trial.fits, peak_bytes=trial.peak_bytes, turn_bytes=trial.turn_bytes, rest_bytes=trial.rest_bytes
         )

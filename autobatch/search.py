@@ -45,6 +45,11 @@ LEARN = 4
 """A trial that only makes the line surer is about this many times smaller than the answer, and larger than the last."""
 TURN_BELOW_PEAK = 0.1
 """How much steeper than the turn the peak may turn out where the optimizer no longer hides it, as a fraction."""
+TURN_ON_A_HEAP = 1.0
+"""The same where peaks jump: what fragments a heap makes them up to that much steeper than what is in use."""
+SPARE = 2
+"""Guesses stay one part in so many of a jump below the budget: a peak that happens to be high is then still below
+it."""
 JUST_OVER = 1.1
 """What a size that ran out of memory is taken to need, in budgets, until more is known."""
 
@@ -118,6 +123,8 @@ class MicroBatchSearch:
         jump_bytes: how far the peaks of neighbouring sizes may jump, 0 where they do not. The default search ends
             within as much of the budget, or an eighth of what its samples take if that is less: closer sizes are a
             matter of luck.
+        rounded: the size that a plan would name if the largest were this one, no larger than it. It has to run anyway,
+            so it is tried before that, and may turn out to be enough.
         whole_saving_bytes: what a step needs less at n == cap, because the whole target goes in one pass and no
             gradients are held during the forward pass. So `cap` may fit although `cap - 1` does not. It is tried where
             the line says so; where not even `minimum` could be measured, there is no line.
@@ -135,6 +142,7 @@ class MicroBatchSearch:
         exact: bool = False,
         jump_bytes: float = 0.0,
         whole_saving_bytes: int = 0,
+        rounded: Callable[[int], int] = lambda n: n,
     ) -> None:
         if minimum < 1:
             raise InvalidInput(f"the smallest micro-batch must be at least 1 sample, not {minimum}.")
@@ -152,6 +160,7 @@ class MicroBatchSearch:
         self.trials = 0
         """Trials observed so far."""
         self._prior = prior
+        self._rounded = rounded
         self._seen: dict[int, Observation] = {}
         self._proposed: int | None = None
 
@@ -234,10 +243,13 @@ class MicroBatchSearch:
             lines = [self._prior_line(low.n, low.peak)]
         else:
             rest = low.rest or 0.0
-            lines = [Line.through(peaks, rest)]
+            whole = Line.through(peaks, rest)
+            lines = [whole]
             if turns:
                 turn = Line.through(turns, rest)
-                lines.append(replace(turn, doubt=turn.doubt + TURN_BELOW_PEAK * turn.slope))
+                hidden = whole.slope < turn.slope
+                steeper = TURN_ON_A_HEAP if hidden and self.jump_bytes else TURN_BELOW_PEAK
+                lines.append(replace(turn, doubt=turn.doubt + steeper * turn.slope))
         return self._between(low.n, low.peak, high, lines) if high else lines
 
     def _between(self, n: int, peak: float, high: Observation, lines: list[Line]) -> list[Line]:
@@ -281,21 +293,30 @@ class MicroBatchSearch:
         if self._lost(lines):
             guess = math.isqrt(low.n * ceiling)  # by ratio, as sizes far apart differ
         else:
-            guess = self._guess(low.n, hoped if likely <= enough < hoped else likely, lines)
+            guess = self._guess(low, hoped if likely <= enough < hoped else likely, lines)
         return max(low.n + 1, min(guess, ceiling - 1))
 
     def _within_a_jump(self, low: Observation) -> bool:
-        if low.peak is None or low.rest is None:
-            return False
-        return self.budget_bytes - low.peak < min(self.jump_bytes, (low.peak - low.rest) / JUMPY)
+        return low.peak is not None and self.budget_bytes - low.peak < self._jump(low.peak, low)
 
-    def _guess(self, n: int, aim: int, lines: list[Line]) -> int:
+    def _jump(self, peak: float, low: Observation) -> float:
+        """How near to the budget such a peak need not come, in bytes."""
+        return 0.0 if low.rest is None else min(self.jump_bytes, (peak - low.rest) / JUMPY)
+
+    def _guess(self, low: Observation, aim: int, lines: list[Line]) -> int:
         """`aim`, or a little less to be within the budget; or, if that is not safe, a smaller size to learn from."""
+        n = low.n
         surely = [line.surely(self.budget_bytes * (1 + LEEWAY)) for line in lines]
         safe = math.floor(min([JUMP * n, *surely])) if lines else LEARN * n
+        guess = aim
+        if not self.exact and aim < self.cap:
+            below = self.budget_bytes - self._jump(self.budget_bytes, low) / SPARE
+            guess = math.ceil(min([aim / (1 + TOLERANCE / 2), *(line.likely(below) for line in lines)]))
+        if n < (rounded := self._rounded(guess)) <= safe:
+            return rounded
         if aim > safe:
             return min(safe, max(aim // LEARN, LEARN * n))
-        return aim if self.exact or aim == self.cap else math.ceil(aim / (1 + TOLERANCE / 2))
+        return guess
 
     def _lost(self, lines: list[Line]) -> bool:
         """Whether guesses have gone wrong so often that it is time to bisect."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class Verdict(str, Enum):
@@ -29,6 +29,45 @@ class Data(BaseModel):
     """Frozen, with exact types and nothing else in it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "a text",
+    "bool": "true or false",
+    "tuple": "a list",
+    "dict": "an object",
+    "model": "an object",
+    "finite": "a finite number",
+}
+_BOUNDS = {
+    "greater_than": "above",
+    "greater_than_equal": "at least",
+    "less_than": "below",
+    "less_than_equal": "at most",
+}
+
+
+def complaint(error: ValidationError) -> str:
+    """The first thing that is wrong with a document, in plain words, after the place where it is."""
+    first = error.errors(include_url=False)[0]
+    kind, given, context = first["type"], first["input"], first.get("ctx", {})
+    where = ".".join(map(str, first["loc"]))
+    what = "null" if given is None else repr(given) if isinstance(given, (int, float, str)) else "what is there"
+    if kind == "value_error":
+        wrong = str(context["error"])
+    elif kind == "missing":
+        wrong = "it is missing"
+    elif kind == "extra_forbidden":
+        wrong = "there is nothing of that name"
+    elif kind in _BOUNDS:
+        wrong = f"{what} is not {_BOUNDS[kind]} {next(iter(context.values()))}"
+    elif "expected" in context:
+        wrong = f"{what} is not {context['expected']}"
+    else:
+        wrong = f"{what} is not {_KINDS.get(kind.partition('_')[0], 'what belongs there')}"
+    return f"{where}: {wrong}" if where else wrong
 
 
 class Trial(Data):

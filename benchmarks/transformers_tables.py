@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from autobatch.prediction.replay import replay
 from autobatch.prediction.trace import Phase, Trace
-from autobatch.prediction.tracing import TracedStep, traced
+from autobatch.prediction.traced import TracedStep
+from autobatch.prediction.tracing import traced
 from benchmarks.decoder import Adapters, Architecture
 from benchmarks.lit_step import LitFineTuning
 from benchmarks.peft_llama import PeftFineTuning

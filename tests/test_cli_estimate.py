@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import warm
+from pydantic import TypeAdapter
 
 import autobatch
-from autobatch import Estimate, cache
-from autobatch.cli.estimate import _key
+from autobatch import Estimate, Workload, cache
+from autobatch.cli.estimate import _keep, _key
+from autobatch.estimating import estimates
+from autobatch.estimator import Question
 
 FACTORY = """
 import torch
@@ -96,23 +100,31 @@ def test_a_probe_on_a_gpu_that_is_not_here_makes_a_predicted_plan(folder):
     assert autobatch.TrainingPlan.model_validate_json(done.stdout) == plan
 
 
-def test_an_answer_about_a_librarys_model_is_given_again_without_torch(folder):
-    estimate = autobatch.estimate(_layer(), 4, device="t4")
-    key = _key("torchvision:resnet18", 4, ["t4"], None, None, 0.05, False)
-    if key is None:
-        pytest.skip("torchvision is not installed")
-    cache.save(key, f"[{estimate.model_dump_json()}]".encode())
-    ask = ["estimate", "torchvision:resnet18", "-n", "4", "--device", "t4", "--json"]
-    done = command_without_torch(folder, *ask)
-    assert Estimate.model_validate_json(done.stdout) == estimate
-    cache.save(key, b"damaged")
-    assert command_without_torch(folder, *ask).returncode != 0  # it would have to be worked out
+def test_one_trace_of_a_librarys_model_answers_other_questions_without_torch(folder):
+    if _key("hf:gpt2", None, 8) is None:
+        pytest.skip("transformers is not installed")
+    four = Question.checked(4, ["rtx-3090"], None, 0.05, accumulation=False)
+    first = estimates(Workload(_layer()), four, partial(_keep, "hf:gpt2", None))
+    ask = ["estimate", "hf:gpt2", "--json"]
+    again = command_without_torch(folder, *ask, "-n", "4", "--device", "rtx-3090")
+    assert [Estimate.model_validate_json(again.stdout)] == first
+    others = ["--device", "rtx-4090,24GiB", "--memory-limit", "20GiB", "--accumulation"]
+    found = TypeAdapter(list[Estimate]).validate_json(command_without_torch(folder, *ask, *others).stdout)
+    assert all(one.accumulation and one.batch_size > 4 and one.limit_bytes == 20 << 30 for one in found)
+    assert command_without_torch(folder, *ask, "--device", "t4").returncode != 0  # other kernels: to be traced
+    assert command_without_torch(folder, *ask, "--device", "rtx-3090", "--precision", "bf16").returncode != 0
+    cache.save(_key("hf:gpt2", None, 8), b"damaged")
+    assert command_without_torch(folder, *ask, "--device", "rtx-3090").returncode != 0
 
 
 def _layer():
     from torch import nn
 
     return nn.Linear(4, 4)
+
+
+def test_what_a_factorys_file_says_is_read_every_time():
+    assert _key("train.py:make", None, 8) is None
 
 
 def test_the_catalogue_is_listed_and_a_message_becomes_a_profile(folder):

@@ -130,7 +130,7 @@ def test_only_thorough_trials_near_the_limit_go_on():
         quick = run_trial((430, 430))
     assert near.peak_bytes > LIMIT * 6 / 7  # else this tells nothing
     assert low.samples == 1 + 2 * 50
-    assert near.samples in (1 + 2 * 430 * 2, 1 + 2 * 430 * 3)
+    assert near.samples in (1 + 430 * 3, 1 + 430 * 4)
     assert quick.samples == 1 + 2 * 430
 
 

@@ -419,3 +419,24 @@ def test_a_device_that_measures_nothing_is_bisected() -> None:
     assert result.search.best is not None
     assert 98 <= result.search.best <= 100
     assert len(result.tried) <= 12
+
+
+def test_the_size_that_a_plan_would_name_is_tried_before_the_largest() -> None:
+    peak = affine(100_000, 1_000)
+    result = run(peak, 2_000, turn=peak, rest=100_000, rounded=lambda n: min(n, 667))
+    assert 667 in result.tried
+    assert result.tried.index(667) < result.tried.index(result.search.best or 0)
+    assert 882 <= (result.search.best or 0) <= 900
+    near = run(peak, 2_000, turn=peak, rest=100_000, rounded=lambda n: n if n < 885 else 885)
+    assert near.search.best == 885  # within the tolerance of 900
+
+
+def test_where_peaks_jump_what_the_optimizer_hides_may_be_steeper_than_the_turn() -> None:
+    def turn(n: int) -> float:
+        return 100_000 + 500 * n
+
+    def peak(n: int) -> float:
+        return max(300_000, 100_000 + 1_000 * n)
+
+    assert run(peak, 2_000, turn=turn, rest=100_000).out_of_memory
+    assert not run(peak, 2_000, turn=turn, rest=100_000, jump_bytes=80_000).out_of_memory

@@ -14,6 +14,7 @@ from autobatch import Estimate, InvalidInput, NothingFits, TrainingPlan, Workloa
 from autobatch.devices import get_device
 from autobatch.devices.simulated import SimulatedDevice
 from autobatch.devices.target import find_target
+from autobatch.estimator import Question
 from autobatch.prediction.tracing import traced
 from autobatch.profile import profile_device
 from autobatch.report.tables import profile_view
@@ -201,7 +202,7 @@ def test_several_gpus_are_answered_from_one_trace(monkeypatch):
 
     monkeypatch.setattr(estimating, "traced", counted)
     names = ["rtx-3090", "a100-40gb", "t4", "rtx-4090"]
-    found = estimating.estimates(Workload(wide()), 64, names)
+    found = estimating.estimates(Workload(wide()), Question.checked(64, names, None, 0.05, accumulation=False))
     assert [one.device.name for one in found] == [get_device(name).info.name for name in names]
     assert len(kinds) == 2  # one of them has no flash attention
 
@@ -228,9 +229,7 @@ def test_a_profile_shows_the_peak_of_the_micro_batch_that_it_shows():
     plans = [result.plan for result in profile.results]
     assert all(plan.accumulation_steps > 1 for plan in plans[1:])  # else the plan is that very micro-batch
     for result in profile.results:
-        (peak,) = {
-            t.peak_bytes for t in result.plan.trials if t.micro_batch_sizes[0] == result.plan.max_micro_batch_size
-        }
+        (peak,) = {t.peak_bytes for t in result.plan.trials if t.micro_batch_size == result.plan.max_micro_batch_size}
         assert result.peak_bytes == peak
     assert any(result.peak_bytes > result.plan.peak_bytes for result in profile.results)
     console = Console(file=io.StringIO())

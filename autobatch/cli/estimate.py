@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import pickle
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,7 +28,9 @@ from autobatch.errors import InvalidInput, NothingFits
 from autobatch.precision import Precision
 
 if TYPE_CHECKING:
+    from autobatch.devices.target import Target
     from autobatch.estimates import Estimate
+    from autobatch.estimator import Estimator, Question
 
 
 def estimate(
@@ -68,8 +72,10 @@ def estimate(
                 raise InvalidInput(f"--html draws the step on one GPU, but {len(names)} are named. Choose one of them.")
             check_output(html, "--html")
         with redirect_stdout(sys.stderr):  # what the user's own code prints must not get into the result
-            asked = (spec, batch_size, names, memory_limit, precision, headroom, accumulation)
-            found = _kept(*asked) or _estimates(*asked)
+            from autobatch.estimator import Question
+
+            question = Question.checked(batch_size, names, memory_limit, headroom, accumulation)
+            found = _kept(spec, precision, question) or _estimates(spec, precision, question)
         if html is not None:
             found[0].save_html(str(html))
         _show_estimates(found, as_json)
@@ -82,66 +88,55 @@ def estimate(
 _PACKAGES = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}
 
 
-def _key(*asked: Any) -> str | None:
-    """What the answer is kept under; None where it may depend on more than is asked, as a factory's file may."""
-    spec, names = asked[0], asked[2]
+def _key(spec: str, precision: Precision | None, kind: int) -> str | None:
+    """What the traces for a kind of attention kernels are kept under; None where they may depend on more than is named,
+    as a factory's file may."""
     package = _PACKAGES.get(spec.partition(":")[0])
     if package is None:
         return None
     try:
         versions = [importlib.metadata.version(name) for name in ("torch", "torch-autobatch", package)]
-        profiles = [Path(name).read_bytes() for name in names if Path(name).is_file()]
-    except (importlib.metadata.PackageNotFoundError, OSError):
+    except importlib.metadata.PackageNotFoundError:
         return None
-    settings = [os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TIMM_FUSED_ATTN")]
-    return cache.key_of("estimate", repr((asked, versions, settings, sys.version)), *profiles)
+    return cache.key_of("step", repr((spec, precision, kind, versions, os.environ.get("TIMM_FUSED_ATTN"), sys.version)))
 
 
-def _kept(*asked: Any) -> list[Estimate] | None:
-    """The answer that was given before. It needs neither torch nor the model."""
-    from pydantic import TypeAdapter, ValidationError
+def _kept(spec: str, precision: Precision | None, question: Question) -> list[Estimate] | None:
+    """The answers from traces that were made before. They need neither torch nor the model."""
+    found: dict[Target, Estimate] = {}
+    for kind, targets in question.kinds.items():
+        key = _key(spec, precision, kind)
+        content = cache.load(key) if key is not None else None
+        if content is None:
+            return None
+        try:
+            estimator = pickle.loads(content)
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError):  # damaged
+            return None
+        found |= {target: estimator.answer(question, target) for target in targets}
+    return [found[target] for target in question.targets]
 
-    from autobatch.estimates import Estimate
 
-    key = _key(*asked)
-    content = cache.load(key) if key is not None else None
-    if content is None:
-        return None
-    try:
-        return TypeAdapter(list[Estimate]).validate_json(content)
-    except ValidationError:  # kept by another version, or damaged
-        return None
+def _keep(spec: str, precision: Precision | None, kind: int, estimator: Estimator) -> None:
+    key = _key(spec, precision, kind)
+    if key is not None and estimator.steps.even is not None:  # else every size has to be traced by itself
+        cache.save(key, pickle.dumps(estimator, protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def _estimates(
-    spec: str,
-    batch_size: int | None,
-    names: list[str],
-    memory_limit: str | None,
-    precision: Precision | None,
-    headroom: float,
-    accumulation: bool,
-) -> list[Estimate]:
+def _estimates(spec: str, precision: Precision | None, question: Question) -> list[Estimate]:
     from dataclasses import replace
 
     from autobatch import Workload
-    from autobatch.devices.target import find_target
     from autobatch.estimating import estimates
     from autobatch.prediction import tracing
     from autobatch.workload import specs
 
-    for name in names:  # before the long work
-        find_target(name)
     subject = specs.load(spec, shapes_only=True)
     workload = subject if isinstance(subject, Workload) else Workload(subject)
     if precision is not None:
         workload = replace(workload, precision=precision)
     tracing.claim_this_process()
-    found = estimates(workload, batch_size, names, memory_limit, headroom, accumulation)
-    key = _key(spec, batch_size, names, memory_limit, precision, headroom, accumulation)
-    if key is not None:
-        cache.save(key, b"[" + b",".join(one.model_dump_json().encode() for one in found) + b"]")
-    return found
+    return estimates(workload, question, partial(_keep, spec, precision))
 
 
 def _show_estimates(found: list[Estimate], as_json: bool) -> None:

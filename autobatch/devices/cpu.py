@@ -32,9 +32,9 @@ are there (glibc's `DEFAULT_MMAP_THRESHOLD_MAX`), so that it is no more than som
 GROWTH = 1 / 6
 """How much a peak has been seen to grow over the first steps, as a heap of large blocks fragments. A thorough trial
 that could so grow beyond the limit is run until it stands still."""
-CAREFUL = Settling(steps=2, quiet=1)
+CAREFUL = Settling(passes=2, quiet=1)
 """How long a thorough trial goes on."""
-AT_THE_EDGE = Settling(steps=3, quiet=2)
+AT_THE_EDGE = Settling(passes=6, quiet=3)
 """The same where no more than `HEAP_NOISE` is left free, so that nothing makes up for what comes later."""
 HEAPS = 2
 """How many differently disturbed heaps a size has to survive there."""

@@ -5,24 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import torch
+from typing import TYPE_CHECKING
 
 from autobatch.devices.base import RunTrial, limit_too_high
 from autobatch.devices.target import Target
-from autobatch.prediction.bugs import bugs_as_they_are
 from autobatch.prediction.predictor import Predictor
-from autobatch.prediction.tracing import traced
 from autobatch.trial import DeviceInfo, Trial, Verdict
-from autobatch.workload.step import TrainingStep
+
+if TYPE_CHECKING:
+    from autobatch.workload.step import TrainingStep
 
 NATIVE_BF16 = (8, 0)
 """The first compute capability with bf16 in hardware."""
 
 
-def precision_warnings(target: Target, step: TrainingStep) -> Iterator[str]:
-    """What the user should know about the step's data types on that GPU, in sentences."""
-    in_bf16 = step.precision == "bf16" or any(p.dtype is torch.bfloat16 for p in step.model.parameters())
+def precision_warnings(target: Target, in_bf16: bool) -> Iterator[str]:
+    """What the user should know about a step's data types on that GPU, in sentences."""
     if in_bf16 and target.capability < NATIVE_BF16:
         yield (
             "bf16 needs compute capability {}.{}, and {} has {}.{}: torch emulates it there, slowly, where it runs at "
@@ -75,10 +73,13 @@ class SimulatedDevice:
             NotTraceable: it cannot be.
             Exception: the user's own code does, here and on a CPU.
         """
+        from autobatch.prediction.bugs import bugs_as_they_are  # torch is not needed before
+        from autobatch.prediction.tracing import traced
+
         with bugs_as_they_are(step), traced(step, self.target.capability) as steps:
             predictor = Predictor(steps, self.target.conditions)
             self.predicted = lambda sizes: self.context_bytes + predictor.need(sizes).capacity_bytes
-            self.warnings.extend((*precision_warnings(self.target, step), *steps.warnings))
+            self.warnings.extend((*precision_warnings(self.target, step.in_bf16), *steps.warnings))
             yield lambda sizes, thorough=False: self._run(predictor, sizes, budget_bytes)
 
     def _run(self, predictor: Predictor, sizes: tuple[int, ...], budget_bytes: int) -> Trial:

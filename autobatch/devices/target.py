@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autobatch.devices import catalog
@@ -15,7 +14,8 @@ from autobatch.devices.context import ContextEstimate, context_bytes
 from autobatch.errors import InvalidInput
 from autobatch.prediction.kernels import Gpu
 from autobatch.prediction.predictor import Conditions
-from autobatch.trial import DeviceInfo
+from autobatch.torch_version import installed
+from autobatch.trial import DeviceInfo, complaint
 from autobatch.units import format_bytes, parse_bytes
 
 _SIZE = re.compile(r"[\d.]+\s*[KMGT](i?B)?", re.IGNORECASE)
@@ -73,14 +73,15 @@ def find_target(name: str) -> Target:
         return _from_profile(path)
     by_size = _SIZE.fullmatch(name.strip()) is not None
     gpu = catalog.of_size(parse_bytes(name)) if by_size else catalog.find(name)
-    context = context_bytes(gpu.capability, torch.version.cuda, torch.__version__, gpu.multiprocessors)
+    version, cuda = installed()
+    context = context_bytes(gpu.capability, cuda, version, gpu.multiprocessors)
     return Target(
         title=_any_like(gpu) if by_size else gpu.title,
         visible_bytes=gpu.visible_bytes,
         capability=_capability(gpu.capability),
         multiprocessors=gpu.multiprocessors,
         context=context,
-        torch=torch.__version__,
+        torch=version,
         provenance=(
             f"the catalogue: {format_bytes(gpu.visible_bytes)} visible to torch ({gpu.visible_from}), about "
             f"{format_bytes(context.likely)} for context and libraries"
@@ -99,11 +100,11 @@ def _from_profile(path: Path) -> Target:
     except OSError as error:
         raise InvalidInput(f"the device profile {path} cannot be read: {error.strerror}.") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = complaint(error) if isinstance(error, ValidationError) else str(error)
         raise InvalidInput(
             f"{path} is no device profile ({reason}). Make one on the GPU itself: autobatch probe --output {path.name}"
         ) from error
-    device, version = profile.device, profile.versions.get("torch", torch.__version__)
+    device, version = profile.device, profile.versions.get("torch", installed()[0])
     if device.type != "cuda" or device.capability is None:
         raise InvalidInput(
             f"{path} is the profile of {device.name} ({device.type}), not one made on a CUDA GPU: only those can be "
@@ -126,7 +127,7 @@ def target_here(device: DeviceInfo, context: int) -> Target:
     """
     assert device.capability is not None, "a CUDA device has one"
     known = ContextEstimate(context, context, context)
-    return _target(device, device.capability, known, torch.__version__, "the GPU itself")
+    return _target(device, device.capability, known, installed()[0], "the GPU itself")
 
 
 def _target(device: DeviceInfo, capability: str, context: ContextEstimate, version: str, source: str) -> Target:

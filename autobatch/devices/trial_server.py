@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -50,13 +50,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Settling:
-    """How long steps are repeated while a trial's peak grows."""
+    """How long a trial goes on while its peak grows."""
 
-    steps: int
-    """Steps at most."""
+    passes: int
+    """Micro-batches more, at most."""
     quiet: int
-    """Steps without growth after which the peak counts as settled: it may stand still for a step or two on its way
-    up."""
+    """Of these without growth, after which the peak counts as settled: it may stand still on its way up."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Request:
     sizes: tuple[int, ...]
     limit_bytes: int
     settle_above_bytes: int
-    """A peak above this has to be settled: steps are repeated until it no longer grows."""
+    """A peak above this has to be settled: micro-batches are repeated until it no longer grows."""
     budget_bytes: int
     """A peak above this has failed, and need not settle."""
     settling: Settling | None = None
@@ -80,6 +79,7 @@ class Outcome:
     """What a trial did."""
 
     samples: int = 0
+    """What was pushed into the model, also where that failed."""
     seconds: float = 0.0
     step_seconds: float | None = None
     peak_bytes: int | None = None
@@ -116,6 +116,8 @@ class _Progress:
     turn_bytes: int | None = None
     most_seen: int = 0
     """The most bytes held as a phase began."""
+    settling_seconds: float = 0.0
+    """Spent on micro-batches that are no part of the step asked for."""
     started: float = field(default_factory=time.perf_counter)
     _at_rest: int | None = None
     """Bytes in use as the step began."""
@@ -249,21 +251,25 @@ def _disturb_heap(seed: int) -> list[bytearray]:
 def _steps(step: TrainingStep, request: Request, progress: _Progress) -> Outcome:
     from autobatch.workload.runner import StepRunner
 
-    runner = StepRunner(step)
+    def make_batch(samples: int) -> Any:
+        progress.samples += samples
+        return step.make_batch(samples)
 
-    def run(sizes: tuple[int, ...]) -> float:
-        loss = runner.run(sizes, progress.enter)
-        progress.samples += sum(sizes)
-        return loss
+    runner = StepRunner(replace(step, make_batch=make_batch))
+    *_, largest = request.sizes
+    whole = len(request.sizes) == 1
 
     # The warm-up makes the optimizer's lazy state. Where the whole target is one micro-batch it is of that size, so
     # that the measured step is a second pass; with two micro-batches the measured step has its second pass in itself.
-    run(request.sizes if len(request.sizes) == 1 else (step.min_micro_batch,))
+    runner.run(request.sizes if whole else (step.min_micro_batch,), progress.enter)
     began = time.perf_counter()
-    loss = run(request.sizes)
-    step_seconds = time.perf_counter() - began
-    for _ in _until_settled(request, progress):
-        run(request.sizes)
+    # Peaks grow in passes beside the gradients of an earlier one, so further ones belong into the same step.
+    more = () if whole else (largest for _ in _until_settled(request, progress))
+    loss = runner.run(request.sizes, progress.enter, more)
+    step_seconds = time.perf_counter() - began - progress.settling_seconds
+    if whole:
+        for _ in _until_settled(request, progress):
+            runner.run(request.sizes, progress.enter)
     return Outcome(
         samples=progress.samples,
         seconds=time.perf_counter() - progress.started,
@@ -276,15 +282,17 @@ def _steps(step: TrainingStep, request: Request, progress: _Progress) -> Outcome
 
 
 def _until_settled(request: Request, progress: _Progress) -> Iterator[None]:
-    """One more step while the peak is at the edge and still growing: a heap fragments over the first steps."""
+    """One more pass while the peak is at the edge and still growing: a heap fragments over the first passes."""
     if request.settling is None:
         return
     peak, quiet = process_memory.peak_data_bytes(progress.most_seen), 0
-    for _ in range(request.settling.steps):
+    for _ in range(request.settling.passes):
         tight = request.settle_above_bytes < peak <= request.budget_bytes
         if not tight or quiet == request.settling.quiet:
             return
+        began = time.perf_counter()
         yield
+        progress.settling_seconds += time.perf_counter() - began
         peak, before = process_memory.peak_data_bytes(progress.most_seen), peak
         quiet = quiet + 1 if peak == before else 0
 

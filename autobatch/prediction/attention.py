@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from autobatch.prediction.kernels import attention_of
+
 _ATEN = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _libraries: list[Library] = []
@@ -36,11 +38,6 @@ def choose_for(capability: tuple[int, int]) -> None:
 def capability() -> tuple[int, int]:
     """That of the GPU that is chosen for."""
     return _capability
-
-
-def generation(capability: tuple[int, int]) -> int:
-    """Equal for GPUs that choose the same kernels: 7 without flash attention, 8 with it, 9 with cuDNN's first."""
-    return 7 if capability < (8, 0) else 9 if capability[0] in (9, 10) else 8
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def _attention(
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
     call = _Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     kernels = [(_suits_flash, _flash), (_suits_efficient, _efficient)]
-    if generation(_capability) == 9:
+    if attention_of(_capability) == 9:
         kernels.insert(0, (_suits_cudnn, _cudnn))
     kernel = next((run for suits, run in kernels if suits(call)), _math)
     return kernel(call)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from autobatch import cache
-from autobatch.prediction.attention import generation
+from autobatch.prediction.kernels import attention_of
 from autobatch.workload import ship
 from autobatch.workload.step import TrainingStep
 
@@ -33,7 +33,7 @@ def fingerprint(step: TrainingStep, capability: tuple[int, int], without: set[in
     """
     content = io.BytesIO()
     ship.dump(step, content, without)
-    settings = repr((torch.__version__, generation(capability), switches))
+    settings = repr((torch.__version__, attention_of(capability), switches))
     return cache.key_of("trace", settings, content.getvalue(), *sorted(_code(step)))
 
 

@@ -1,6 +1,7 @@
 """What CUDA kernels allocate out of sight, as arithmetic: the table in `rules` says why, and where it is from.
 
-Functions come in pairs: one takes numbers from a call while a step is traced, one makes bytes of them for a GPU.
+Functions come in pairs: one takes numbers from a call while a step is traced, one makes bytes of them for a GPU. Only
+the first of them need torch, which is imported there: a trace that is kept is replayed without it.
 """
 
 from __future__ import annotations
@@ -8,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from autobatch.prediction import recurrent
-from autobatch.prediction.layouts import layout_of
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,11 @@ class Gpu:
     capability: tuple[int, int] = (8, 0)
     torch: tuple[int, int] = (2, 13)
     multiprocessors: int = 100
+
+
+def attention_of(capability: tuple[int, int]) -> int:
+    """Equal for GPUs that choose the same kernels: 7 without flash attention, 8 with it, 9 with cuDNN's first."""
+    return 7 if capability < (8, 0) else 9 if capability[0] in (9, 10) else 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,6 @@ class Call:
     """The tensors in its result, flattened."""
 
 
-_HALF = (torch.float16, torch.bfloat16)
 _INDEX = 8  # bytes of an int64
 
 
@@ -54,9 +57,11 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _copy(tensor: Tensor | None, memory_format: torch.memory_format = torch.contiguous_format) -> int:
+def _copy(tensor: Tensor | None, layout: torch.memory_format | None = None) -> int:
     """Bytes of the copy that `contiguous` makes; 0 where there is no need for one."""
-    return 0 if tensor is None or tensor.is_contiguous(memory_format=memory_format) else _bytes(tensor)
+    if tensor is None or (tensor.is_contiguous() if layout is None else tensor.is_contiguous(memory_format=layout)):
+        return 0
+    return _bytes(tensor)
 
 
 def _argument(call: Call, place: int, name: str, default: Any) -> Any:
@@ -104,6 +109,8 @@ def dense_embedding(gpu: Gpu, tokens: int, *numbers: int) -> Sequence[int]:
 
 
 def index_put(call: Call) -> tuple[int, ...] | None:
+    import torch
+
     target, indices, values = call.args[:3]
     used = [index for index in indices if index is not None]
     if not _argument(call, 3, "accumulate", False) or any(i.dtype in (torch.bool, torch.uint8) for i in used):
@@ -240,6 +247,8 @@ def _operands(call: Call) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 def other_layout(call: Call) -> tuple[int, ...] | None:
+    from autobatch.prediction.layouts import layout_of
+
     data, weight, output, _ = _operands(call)
     layout = layout_of(data, weight)
     copies = _copy(data, layout), _copy(weight, layout), _copy(output, layout)
@@ -247,9 +256,17 @@ def other_layout(call: Call) -> tuple[int, ...] | None:
 
 
 def tensor_cores(call: Call) -> tuple[int, ...] | None:
+    import torch
+
+    from autobatch.prediction.layouts import layout_of
+
     data, weight, output, groups = _operands(call)
     depthwise = groups > 1 and groups == data.shape[1]
-    if data.dtype not in _HALF or depthwise or layout_of(data, weight) is not torch.contiguous_format:
+    if (
+        data.dtype not in (torch.float16, torch.bfloat16)
+        or depthwise
+        or layout_of(data, weight) is not torch.contiguous_format
+    ):
         return None
     return _bytes(data), _bytes(weight), _bytes(output)
 
@@ -274,6 +291,8 @@ def chunked_norms(gpu: Gpu, tensors: int, largest: int) -> Sequence[int]:
 
 
 def recurrent_layer(call: Call) -> tuple[int, ...]:
+    from autobatch.prediction import recurrent
+
     run = recurrent.Run.of(call.args)
     element, flip = call.args[0].element_size(), run.batch_first and not run.packed
     copy = _copy(call.args[0].transpose(0, 1) if flip else call.args[0])
@@ -281,6 +300,8 @@ def recurrent_layer(call: Call) -> tuple[int, ...]:
 
 
 def recurrent_layer_backward(call: Call) -> tuple[int, ...]:
+    from autobatch.prediction import recurrent
+
     run = recurrent.Run.of(call.args, backward=True)
     data, h, c, grad, grad_h, grad_c = (call.args[i] for i in (0, 4, 5, 7, 8, 9))
     flip = run.batch_first and not run.packed

@@ -8,7 +8,7 @@ from autobatch.prediction.allocator import AllocatorSettings
 from autobatch.prediction.kernels import Gpu
 from autobatch.prediction.replay import replay, smallest_capacity
 from autobatch.prediction.trace import Phase, Trace
-from autobatch.prediction.tracing import TracedStep
+from autobatch.prediction.traced import TracedStep
 from autobatch.prediction.workspaces import with_workspaces
 
 

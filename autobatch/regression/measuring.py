@@ -9,6 +9,7 @@ from autobatch.devices.target import Target, target_here
 from autobatch.errors import NothingFits, NotTraceable, WorkloadNotPortable
 from autobatch.estimates import Estimate, Interval, ModuleBytes, Timeline
 from autobatch.estimating import estimates
+from autobatch.estimator import Question
 from autobatch.trial import Trial
 from autobatch.units import format_bytes
 from autobatch.workload import Workload, resolve
@@ -33,7 +34,7 @@ def step_on(device: str, workload: Workload, batch_size: int, accumulation: bool
 
 
 def _predicted(device: str | Target, workload: Workload, batch_size: int, accumulation: bool) -> Estimate:
-    (found,) = estimates(workload, batch_size, [device], headroom=0, accumulation=accumulation, largest=False)
+    (found,) = estimates(workload, Question.checked(batch_size, [device], None, 0, accumulation, largest=False))
     return found
 
 

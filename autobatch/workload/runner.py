@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,17 +37,25 @@ class StepRunner:
         if self._scaler:
             self._scaler.scale(torch.zeros((), device=self.device))  # has it make its state now, not in the first step
 
-    def run(self, sizes: Sequence[int], on_phase: OnPhase = lambda phase: None) -> float:
+    def run(self, sizes: Sequence[int], on_phase: OnPhase = lambda phase: None, more: Iterable[int] = ()) -> float:
         """Run one optimizer step over micro-batches of these sizes, and give its loss.
 
         Gradients are None before and after it, as `zero_grad()` leaves them.
-        """
-        return float(self.run_unread(sizes, on_phase))
 
-    def run_unread(self, sizes: Sequence[int], on_phase: OnPhase = lambda phase: None) -> torch.Tensor:
+        Args:
+            sizes: samples of each micro-batch.
+            on_phase: called as each phase begins.
+            more: further micro-batches of the same step, each asked for when the one before it is done. The loss is
+                weighed as without them.
+        """
+        return float(self.run_unread(sizes, on_phase, more))
+
+    def run_unread(
+        self, sizes: Sequence[int], on_phase: OnPhase = lambda phase: None, more: Iterable[int] = ()
+    ) -> torch.Tensor:
         """The same, with the loss left on its device: reading it waits for that, and on a fake one it is impossible."""
         total = torch.zeros((), device=self.device)
-        for size in sizes:
+        for size in itertools.chain(sizes, more):
             on_phase("batch")
             batch = on_device(self.step.make_batch(size), self.device)
             on_phase("forward")

@@ -45,6 +45,11 @@ class TrainingStep:
     warnings: tuple[str, ...] = ()
     """What the caller should know about this step, in sentences."""
 
+    @property
+    def in_bf16(self) -> bool:
+        """Whether it computes in bf16, which older GPUs cannot."""
+        return self.precision == "bf16" or any(p.dtype is torch.bfloat16 for p in self.model.parameters())
+
 
 def require_values(model: nn.Module) -> None:
     """Check that a model can run. On the meta device it has shapes only: enough for a simulated GPU, but no other.
