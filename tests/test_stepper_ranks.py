@@ -8,7 +8,7 @@ import copy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from plans import plan_of
-from test_stepper import Kept, Tagger, distance, gradients_of, sample_mean, texts, token_mean, token_sum
+from stepping import Kept, Tagger, distance, gradients_of, sample_mean, texts, token_mean, token_sum
 torch.set_default_dtype(torch.float64)
 
 def fresh():
