@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -256,9 +255,7 @@ class Stepper:
     def _undo(self) -> None:
         self._drop_gradients()
         self._start.restore()
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        oom.release()
 
     def _finish(self, loss: Tensor, window: Window) -> StepResult:
         """Everything after the last backward pass."""
