@@ -211,6 +211,26 @@ def test_a_bug_in_the_model_is_raised_as_it_is():
     assert stepper.events == []
 
 
+@pytest.mark.parametrize("recover", [True, False])
+@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt])
+def test_a_step_that_fails_in_its_middle_leaves_no_gradients(error, recover):
+    model, runs = Tagger(), []
+
+    def step(model, batch):
+        runs.append(model.scores.weight.grad is not None)
+        if len(runs) == 3:
+            raise error
+        return sample_mean(model, batch)
+
+    stepper = plan_of(12, 4).stepper(
+        model, Kept(model.parameters()), training_step=step, reduction="mean", recover=recover
+    )
+    with pytest.raises(error):
+        stepper.step(texts(12))
+    assert runs == [False, True, True]
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_gradients_that_the_optimizer_does_not_know_do_not_add_up():
     model, seen = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)), []
     optimizer = torch.optim.SGD(model[1].parameters())

@@ -88,3 +88,14 @@ def test_micro_batches_that_do_not_add_up_and_forgotten_backward_passes_are_erro
     _, micros = micro_texts(12, 4)
     with pytest.raises(InvalidInput, match="call backward"):
         list(stepper.accumulate(micros))
+
+
+def test_an_optimizer_step_that_the_caller_breaks_off_leaves_no_gradients():
+    _, micros = micro_texts(12, 4)
+    model = Tagger()
+    stepper = plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=sample_mean, reduction="mean")
+    passes = stepper.accumulate(micros)
+    next(passes).backward()
+    assert model.scores.weight.grad is not None
+    passes.close()
+    assert all(p.grad is None for p in model.parameters())

@@ -64,8 +64,8 @@ def counts_by_sample(candidates: Sequence[Candidate], parts: Sequence[Any], samp
         (candidates, samples), in float64, on the host: what is counted on a GPU is read in one go.
     """
     ones = torch.ones(samples, dtype=torch.float64)
-    counted = [torch.cat([one.each(part).double() for part in parts]) for one in candidates if one.each is not None]
-    rows = iter(torch.stack(counted).cpu() if counted else ())
+    counted = [one.each(part).double() for one in candidates if one.each is not None for part in parts]
+    rows = iter(torch.cat(counted).view(-1, samples).cpu() if counted else ())
     return torch.stack([ones if one.each is None else next(rows) for one in candidates])
 
 
@@ -128,7 +128,8 @@ def _by_sample(count: Callable[[Tensor], Tensor], path: batches.Path, cut: int, 
     if later and tensor.ndim > 1 and tensor.shape[along]:
         tensor = tensor.narrow(along, 1, tensor.shape[along] - 1)
     counted = count(tensor)
-    return counted.movedim(cut, 0).flatten(1).sum(1, dtype=torch.float64) if counted.ndim > 1 else counted
+    rest = [dim for dim in range(counted.ndim) if dim != cut]
+    return counted.sum(rest, dtype=torch.float64) if rest else counted
 
 
 def _other_than(value: int, tensor: Tensor) -> Tensor:

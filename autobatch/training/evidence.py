@@ -178,8 +178,9 @@ class Evidence:
     ) -> tuple[float, Candidate]:
         """By which share at most a candidate gives a micro-batch of any rank another weight than the likeliest one
         does, and which candidate that is. A collective."""
-        counted = counts_by_sample(candidates, whole, sum(samples)).split(list(samples), dim=1)
-        sums = torch.stack([counts.sum(1) for counts in counted], dim=1)
+        counted = counts_by_sample(candidates, whole, sum(samples))
+        ends = torch.tensor(samples).cumsum(0) - 1
+        sums = counted.cumsum(1)[:, ends].diff(prepend=torch.zeros(len(candidates), 1, dtype=torch.float64))
         weights = torch.cat(self.gather(sums), dim=1)
         totals = weights.sum(1, keepdim=True)
         weights /= torch.where(totals > 0, totals, 1.0)

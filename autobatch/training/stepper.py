@@ -92,7 +92,7 @@ class Stepper:
     def step(self, batch: Any) -> StepResult:
         """Do one optimizer step with this rank's share of the target, or with a loader's smaller last batch.
 
-        Gradients are None before and after it. Where memory runs out, everything is put back as the step found it, and
+        Gradients are None before and after it, also where it fails. Where memory runs out, everything is put back as the step found it, and
         it is run again in smaller micro-batches, on all ranks.
 
         Raises:
@@ -101,6 +101,10 @@ class Stepper:
             RankFailed: another rank failed, or is missing.
             Exception: whatever the model's own code raises.
         """
+        with self._leaving_no_gradients():
+            return self._step(batch)
+
+    def _step(self, batch: Any) -> StepResult:
         with self._failing_together():
             layout = self._plan.layout_of(batch)
             cutter, passes = self._parts_for(batch)
@@ -284,7 +288,7 @@ class Stepper:
 
     def _through(self, micros: list[Any]) -> Iterator[MicroBatch]:
         """The micro-batches of one optimizer step, which ends with the last."""
-        with self._failing_together():
+        with self._leaving_no_gradients(), self._failing_together():
             cutter, passes = self._parts_for(micros[0])
             window = cutter.gathered(micros)
             self._drop_gradients()
@@ -294,6 +298,15 @@ class Stepper:
         """Those of parameters that the optimizer does not know, too: they would add up from step to step."""
         self._model.zero_grad(set_to_none=True)
         self._optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def _leaving_no_gradients(self) -> Iterator[None]:
+        """A step that fails, or is broken off, leaves none of what it had added up."""
+        try:
+            yield
+        except BaseException:
+            self._drop_gradients()
+            raise
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
