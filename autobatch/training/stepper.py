@@ -92,8 +92,8 @@ class Stepper:
     def step(self, batch: Any) -> StepResult:
         """Do one optimizer step with this rank's share of the target, or with a loader's smaller last batch.
 
-        Gradients are None before and after it, also where it fails. Where memory runs out, everything is put back as the step found it, and
-        it is run again in smaller micro-batches, on all ranks.
+        Gradients are None before and after it, also where it fails. Where memory runs out, everything is put back as
+        the step found it, and it is run again in smaller micro-batches, on all ranks.
 
         Raises:
             InvalidInput: the batch cannot be cut, or has more samples than the plan's share.
