@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +18,19 @@ IGNORED = (-100, 0, -1, 1, 255)
 
 
 @dataclass(frozen=True)
-class Candidate(reduction.Reduction):
-    """What a loss may be. Samples are counted apart, so that one look at a batch counts all its micro-batches."""
+class Candidate:
+    """What a loss may be: by default a mean over samples."""
 
-    each: Callable[[Any], Tensor] | None = None
-    """What it counts in each sample of a batch (n,); None: samples, or for a sum."""
+    words: str
+    is_sum: bool = False
+    path: batches.Path | None = None
+    """The tensor whose elements are counted; None: samples are."""
+    cut: int = 0
+    """Its batch dimension."""
+    ignored: int | None = None
+    """The value that does not count; None: the values are those of a mask, and are added up."""
+    later: bool = False
+    """Whether the first position does not count, as where a model foretells each from those before it."""
 
 
 SAMPLES = Candidate(reduction.SAMPLES.words)
@@ -45,28 +52,45 @@ def candidates_in(batch: Any, layout: batches.Layout) -> Iterator[Candidate]:
         if leaf.dtype is torch.bool or "mask" in name.lower():
             masks.append((name, path))
     usual, *others_ignored = IGNORED
-    yield from _of_each(layout, labels, f"{{}} other than {usual}", partial(_other_than, usual))
+    yield from _of_each(layout, labels, usual)
     yield SAMPLES
     yield SUM
-    yield from _of_each(layout, masks, "what {} lets through", _let_through)
-    yield from _of_each(layout, others, f"{{}} other than {usual}", partial(_other_than, usual))
+    yield from _of_each(layout, masks, None)
+    yield from _of_each(layout, others, usual)
     for value in others_ignored:
-        yield from _of_each(layout, labels + others, f"{{}} other than {value}", partial(_other_than, value))
+        yield from _of_each(layout, labels + others, value)
 
 
-def counts_by_sample(candidates: Sequence[Candidate], parts: Sequence[Any], samples: int) -> Tensor:
-    """What each candidate counts in each sample.
+def counts_by_sample(candidates: Sequence[Candidate], parts: Sequence[Any], samples: int) -> list[list[float]]:
+    """What each candidate counts in each sample. What is counted on a GPU is read in one go.
 
     Args:
         parts: batches that have so many `samples` together.
-
-    Returns:
-        (candidates, samples), in float64, on the host: what is counted on a GPU is read in one go.
     """
-    ones = torch.ones(samples, dtype=torch.float64)
-    counted = [one.each(part).double() for one in candidates if one.each is not None for part in parts]
-    rows = iter(torch.cat(counted).view(-1, samples).cpu() if counted else ())
-    return torch.stack([ones if one.each is None else next(rows) for one in candidates])
+    tensors: dict[tuple[batches.Path, int, bool], dict[int | None, None]] = {}
+    for one in candidates:
+        if one.path is not None:
+            tensors.setdefault((one.path, one.cut, one.ignored is None), {})[one.ignored] = None
+    counted, places = [], []
+    for (path, cut, _), ignored in tensors.items():
+        found = [_counts(batches.at(part, path), cut, list(ignored)) for part in parts]
+        counted.append(torch.cat(found, dim=1))
+        places += [(path, value, later) for later in (False, True) for value in ignored]
+    rows = dict(zip(places, torch.cat(counted).tolist() if counted else [], strict=True))
+    ones = [1.0] * samples
+    return [ones if one.path is None else rows[one.path, one.ignored, one.later] for one in candidates]
+
+
+def _counts(tensor: Tensor, cut: int, ignored: Sequence[int | None]) -> Tensor:
+    """What counts in each sample of a tensor where each of these values does not: (values, samples), and below that the
+    same without the first position. None: the tensor is a mask."""
+    rows = tensor.movedim(cut, 0)
+    counted = torch.stack([rows if value is None else rows != value for value in ignored])
+    if tensor.ndim == 1:
+        return torch.cat([counted, counted])
+    dtype = torch.float64 if counted.is_floating_point() else torch.int64
+    of_all = counted.flatten(2).sum(2, dtype=dtype)
+    return torch.cat([of_all, counted[:, :, 1:].flatten(2).sum(2, dtype=dtype)])
 
 
 def telling_parts(
@@ -78,10 +102,9 @@ def telling_parts(
         most: samples together, 2 or 3.
     """
     means = [one for one in candidates if not one.is_sum]
-    counted = counts_by_sample(means, [batch], layout.size)
-    counted = counted[counted.amax(1) > 0] if counted.any() else torch.ones(1, layout.size)
+    counted = [counts for counts in counts_by_sample(means, [batch], layout.size) if any(counts)]
     # As shares, so that no candidate drowns another.
-    shares = (counted / counted.amax(1, keepdim=True)).T.tolist()
+    shares = [[counts[i] / max(map(abs, counts)) for counts in counted] or [1.0] for i in range(layout.size)]
     order = sorted(range(layout.size), key=lambda i: min(shares[i]))
     *others, fullest = order
     others = others or order  # a single sample twice shows sums
@@ -98,15 +121,13 @@ def telling_parts(
     return [(batches.take(batch, layout, chosen), len(chosen)) for chosen in ([fullest], second, [fullest, *second])]
 
 
-def _of_each(
-    layout: batches.Layout, named: list[tuple[str, batches.Path]], words: str, count: Callable[..., Tensor]
-) -> Iterator[Candidate]:
-    """A candidate for each tensor; and without its first position, where a model foretells each from those before."""
+def _of_each(layout: batches.Layout, named: list[tuple[str, batches.Path]], ignored: int | None) -> Iterator[Candidate]:
+    """A candidate for each tensor; and without its first position."""
     for later in (False, True):
         for name, path in named:
-            each = partial(_by_sample, count, path, layout.cuts[path], later)
+            what = f"what {name} lets through" if ignored is None else f"{name} other than {ignored}"
             where = ", from the second position on" if later else ""
-            yield Candidate(f"a mean over {words.format(name)}{where}", partial(_in_all, each), each=each)
+            yield Candidate(f"a mean over {what}{where}", False, path, layout.cuts[path], ignored, later)
 
 
 def _is_target(batch: Any, path: batches.Path) -> bool:
@@ -114,27 +135,3 @@ def _is_target(batch: Any, path: batches.Path) -> bool:
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         return path[0] == len(batch) - 1
     return bool(path) and any(name in str(path[-1]).lower().split("_") for name in TARGET_NAMES)
-
-
-def _in_all(each: Callable[[Any], Tensor], batch: Any) -> Tensor:
-    return each(batch).sum()
-
-
-def _by_sample(count: Callable[[Tensor], Tensor], path: batches.Path, cut: int, later: bool, batch: Any) -> Tensor:
-    """What is counted in each sample (n,) of a tensor that is cut along `cut`; without the first position along the
-    other of its first two dimensions, if only the later ones count."""
-    tensor: Tensor = batches.at(batch, path)
-    along = 1 if cut == 0 else 0
-    if later and tensor.ndim > 1 and tensor.shape[along]:
-        tensor = tensor.narrow(along, 1, tensor.shape[along] - 1)
-    counted = count(tensor)
-    rest = [dim for dim in range(counted.ndim) if dim != cut]
-    return counted.sum(rest, dtype=torch.float64) if rest else counted
-
-
-def _other_than(value: int, tensor: Tensor) -> Tensor:
-    return tensor != value
-
-
-def _let_through(tensor: Tensor) -> Tensor:
-    return tensor

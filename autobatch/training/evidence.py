@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ class Look:
         """Whether a candidate foretells the loss of both parts together."""
         *apart, _ = self.parts
         *losses, together = self.losses
-        counts = [float(counts_by_sample([one], [part], size).sum()) for part, size in apart]
+        counts = [sum(counts_by_sample([one], [part], size)[0]) for part, size in apart]
         weights, total = ([1.0, 1.0], 1.0) if one.is_sum else (counts, sum(counts))
         if not total:
             return False
@@ -103,12 +105,15 @@ class Evidence:
     _undecided: float = SAME
     """Up to which difference looks did not tell those that are left apart."""
 
-    def settle(self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]) -> Candidate:
-        """What the loss is, as far as it matters for this optimizer step. A collective.
+    def settle(
+        self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]
+    ) -> tuple[Candidate, list[float]]:
+        """What the loss is, as far as it matters for this optimizer step, and what it counts in each of this rank's
+        micro-batches. A collective.
 
         Args:
             batch: some of its samples, with their `layout`, to run the loss on.
-            micros: this rank's micro-batches, of so many `samples`.
+            micros: the micro-batches, of so many `samples`.
 
         Raises:
             InvalidInput: memory ran out with two samples together, so that it cannot be found out.
@@ -126,7 +131,8 @@ class Evidence:
             self._narrow(batch, layout, whole, samples, most, SAME if again else self._undecided)
         elif again and self._difference(self.candidates, whole, samples)[0] > SAME:
             self._doubt(batch, layout, most)
-        return self.left[0]
+        taken = self.left[0]
+        return taken, _counts_of([taken], whole, samples)[0]
 
     def _narrow(
         self,
@@ -178,18 +184,17 @@ class Evidence:
     ) -> tuple[float, Candidate]:
         """By which share at most a candidate gives a micro-batch of any rank another weight than the likeliest one
         does, and which candidate that is. A collective."""
-        counted = counts_by_sample(candidates, whole, sum(samples))
-        ends = torch.tensor(samples).cumsum(0) - 1
-        sums = counted.cumsum(1)[:, ends].diff(prepend=torch.zeros(len(candidates), 1, dtype=torch.float64))
-        weights = torch.cat(self.gather(sums), dim=1)
-        totals = weights.sum(1, keepdim=True)
-        weights /= torch.where(totals > 0, totals, 1.0)
-        for row, one in zip(weights, candidates, strict=True):
-            if one.is_sum:
-                row.fill_(1.0)
-        larger = torch.maximum(weights, weights[:1])
-        apart = ((weights - weights[:1]).abs() / torch.where(larger > 0, larger, 1.0)).amax(1)
-        return float(apart.max()), candidates[int(apart.argmax())]
+        of_ranks = self.gather(_counts_of(candidates, whole, samples))
+        likeliest: list[float] = []
+        worst = (0.0, candidates[0])
+        for i, one in enumerate(candidates):
+            counts = [count for of_rank in of_ranks for count in of_rank[i]]
+            total = 1.0 if one.is_sum else sum(counts)
+            weights = [count / total if total else 0.0 for count in counts]
+            likeliest = likeliest or weights
+            apart = max(abs(a - b) / (max(a, b) or 1.0) for a, b in zip(weights, likeliest, strict=True))
+            worst = max(worst, (apart, one), key=itemgetter(0))
+        return worst
 
     def _fitting(self, look: Look, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that foretell the loss on every rank that can tell. A collective."""
@@ -247,6 +252,16 @@ class Evidence:
             self.start.forget()
             for module, training in flags:
                 module.training = training
+
+
+def _counts_of(candidates: Sequence[Candidate], whole: Sequence[Any], samples: Sequence[int]) -> list[list[float]]:
+    """What each candidate counts in each micro-batch of so many `samples`."""
+    by_sample = counts_by_sample(candidates, whole, sum(samples))
+    spans = [slice(end - n, end) for n, end in zip(samples, accumulate(samples), strict=True)]
+    return [
+        [1.0] * len(spans) if one.is_sum else [sum(counts[span]) for span in spans]
+        for one, counts in zip(candidates, by_sample, strict=True)
+    ]
 
 
 def _is_half(model: nn.Module) -> bool:
