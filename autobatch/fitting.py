@@ -114,9 +114,9 @@ def fit(
                 )
                 attempt.progress(SearchStarted(spot.info, budget, spot.limit_bytes, question.cap))
                 answer = probe(attempt, step, question)
-        if answer is None:
-            needed = _needed(attempt, step, None if memory_limit is None else get_device(place))
-            raise _nothing_fits(spot, step, question, attempt, needed)
+            if answer is None:
+                unlimited = None if memory_limit is None else lambda: get_device(place)
+                raise _nothing_fits(spot, step, question, attempt, unlimited)
         return _plan(answer, spot, step, question, attempt)
     finally:
         spot.close()
@@ -155,21 +155,36 @@ def _prior(spot: Device, step: TrainingStep, budget_bytes: int) -> Callable[[int
         return None  # a first guess is all that it would be
 
 
-def _needed(attempt: Attempts, step: TrainingStep, unlimited: Device | None) -> int | None:
+def _needed(attempt: Attempts, step: TrainingStep, unlimited: Callable[[], Device] | None) -> int | None:
     """Bytes that the smallest micro-batch takes. Where it ran out under the caller's limit, it is run once more
     without."""
     peak = attempt.smallest.peak_bytes
     if peak is None and unlimited is not None:
         # That it does not run there either leaves the need unknown.
-        with suppress(AutobatchError), closing(unlimited), unlimited.trials(step, unlimited.limit_bytes) as run:
+        with suppress(AutobatchError), closing(unlimited()) as device, device.trials(step, device.limit_bytes) as run:
             peak = run(attempt.smallest.micro_batch_sizes).peak_bytes
     # What failed needs more than the budget, also where another run of it happened to peak a little lower.
     return None if peak is None else max(peak, attempt.budget_bytes + 1) + step.reserve_bytes
 
 
 def _nothing_fits(
-    spot: Device, step: TrainingStep, question: Question, attempt: Attempts, needed: int | None
+    spot: Device,
+    step: TrainingStep,
+    question: Question,
+    attempt: Attempts,
+    unlimited: Callable[[], Device] | None,
 ) -> NothingFits:
+    """What all ranks raise: the numbers are those of the first on which nothing fits."""
+    own = None
+    if not attempt.smallest.fits:
+        needed = _needed(attempt, step, unlimited)
+        own = _in_words(spot, step, question, attempt, needed), needed, attempt.budget_bytes
+    rank, (words, needed, budget) = next((rank, said) for rank, said in enumerate(question.gather(own)) if said)
+    where = f" on rank {rank}" if question.together and question.world_size > 1 else ""
+    return NothingFits(f"nothing fits{where}: {words}", needed_bytes=needed, budget_bytes=budget)
+
+
+def _in_words(spot: Device, step: TrainingStep, question: Question, attempt: Attempts, needed: int | None) -> str:
     lower = 'precision="bf16", ' if step.precision == "fp32" else ""
     advice = [f"{lower}activation checkpointing, smaller inputs, an optimizer with less state, or a smaller model"]
     if needed is not None:
@@ -182,12 +197,10 @@ def _nothing_fits(
     smallest = attempt.smallest
     size = smallest.micro_batch_size
     takes = f"more than there is: {smallest.detail}" if needed is None else format_bytes(needed)
-    return NothingFits(
-        f"nothing fits: a training step with micro-batches of {size} sample{'s' if size > 1 else ''} takes {takes}, "
-        f"and the budget is {format_bytes(attempt.budget_bytes)} ({format_bytes(spot.limit_bytes)} less head-room) on "
-        f"{spot.info.name}. Try {', or '.join(advice)}.",
-        needed_bytes=needed,
-        budget_bytes=attempt.budget_bytes,
+    return (
+        f"a training step with micro-batches of {size} sample{'s' if size > 1 else ''} takes {takes}, and the budget "
+        f"is {format_bytes(attempt.budget_bytes)} ({format_bytes(spot.limit_bytes)} less head-room) on "
+        f"{spot.info.name}. Try {', or '.join(advice)}."
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from autobatch.errors import RankFailed
 
 PATIENCE = timedelta(minutes=30)
-"""How long ranks wait for one another: torch's own default for gloo."""
+"""How long ranks wait for one another where their group's own timeout cannot be read: torch's default for gloo."""
 GRACE_SECONDS = 5.0
 """How long those that waited in vain give each other to say that they are still there."""
 WIDTH = 3
@@ -50,7 +50,7 @@ class Talk:
         with self._missing_named():
             # Only these ranks have to be here: there may be other groups, which train something else.
             self._group = dist.new_group(
-                self._members, timeout=PATIENCE, backend="gloo", use_local_synchronization=True
+                self._members, timeout=_patience(group), backend="gloo", use_local_synchronization=True
             )
 
     def meet(self, numbers: Sequence[float] = (), failure: str | None = None) -> list[list[float]]:
@@ -114,6 +114,15 @@ class Talk:
         except (RuntimeError, dist.DistError):  # the store is gone with the rank that kept it
             pass
         return []
+
+
+def _patience(group: dist.ProcessGroup) -> timedelta:
+    """The timeout that the group was made with: for the ranks' talk it is as right as for their gradients."""
+    with suppress(AttributeError, RuntimeError):  # torch shows it of most backends, and by private names alone
+        timeout = group._get_backend(group._device_types[0]).options._timeout
+        if isinstance(timeout, timedelta):
+            return timeout
+    return PATIENCE
 
 
 @cache

@@ -54,3 +54,11 @@ def _children_that_have_torch() -> Iterator[None]:
 def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are new Python processes, as for users: a fork's heap has other gaps, which moves peaks by some per cent."""
     monkeypatch.setattr(child, "_start", START)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New tensors have a precision in which sums in another order are the same to a dozen digits."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -136,10 +137,34 @@ def test_a_data_module_with_a_name_of_its_own_is_set(tmp_path: Any) -> None:
 def test_the_trainers_precision_is_tried_and_a_last_step_that_it_divides_by_too_much_is_said(tmp_path: Any) -> None:
     callback = AccumulateToTarget(TARGET, max_micro_batch=6)
     trainer = trainer_with(callback, tmp_path, precision="bf16-mixed")
-    with pytest.warns(UserWarning, match="has 6 of its 24 samples, but Lightning divides by .*=4 all the same"):
+    with pytest.warns(UserWarning, match="of 5 micro-batches has 1 of its 4, but Lightning divides by .*=4 all"):
         trainer.fit(Classifier(samples=TARGET + 6))
     assert callback.plan is not None
     assert callback.plan.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("samples", "limit", "said"),
+    [
+        (TARGET * 3, 10, "an epoch of 10 micro-batches has 2 of its 4.*Have limit_train_batches=10 come to a multiple"),
+        (TARGET * 3, 0.25, "an epoch of 3 micro-batches has 3 of its 4.*Have limit_train_batches=0.25 come to"),
+        (TARGET * 3 - 1, 1.0, "the last micro-batch of an epoch has 5 samples, and Lightning weighs them as much as 6"),
+    ],
+)
+def test_an_epoch_that_is_no_whole_number_of_optimizer_steps_is_said(
+    tmp_path: Any, samples: int, limit: Any, said: str
+) -> None:
+    trainer = trainer_with(AccumulateToTarget(TARGET, max_micro_batch=6), tmp_path, limit_train_batches=limit)
+    with pytest.warns(UserWarning, match=said):
+        trainer.fit(Classifier(samples=samples))
+
+
+def test_an_epoch_that_is_cut_to_whole_optimizer_steps_leaves_nothing_to_say(tmp_path: Any) -> None:
+    trainer = trainer_with(AccumulateToTarget(TARGET, max_micro_batch=6), tmp_path, limit_train_batches=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(optimizer step|micro-batch)")
+        trainer.fit(Classifier(samples=TARGET * 3 - 1))
+    assert trainer.global_step == 2
 
 
 def test_a_loader_that_does_not_read_the_size_is_said(tmp_path: Any) -> None:

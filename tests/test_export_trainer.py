@@ -170,6 +170,37 @@ def test_the_one_size_is_tried_on_a_trainer_that_has_trained_before(tmp_path: Pa
     assert trainer.get_total_train_batch_size(trainer.args) == 64
 
 
+class Looking(transformers.Trainer):  # type: ignore[misc]
+    """Weighs its loss by how long the texts of its data are."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        longest = max(len(sample["input_ids"]) for sample in self.train_dataset)
+        return super().compute_loss(model, inputs, *args, **kwargs) / longest
+
+
+class Locked(list):  # type: ignore[type-arg]
+    """Data that no other process can be given."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle a lock")
+
+
+def test_methods_of_the_users_own_find_the_training_data_in_trials(tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_llama(), tmp_path, ragged_texts(40))
+    trainer.__class__ = Looking
+    assert fit_trainer(trainer, 8, device="cpu").verified
+
+
+def test_data_that_cannot_be_sent_is_missed_only_where_it_is_used(tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_llama(), tmp_path, Locked(ragged_texts(40)))
+    trainer.__class__ = Ignoring
+    with pytest.warns(UserWarning, match="does not depend on it"):
+        assert fit_trainer(trainer, 8, device="cpu", max_micro_batch=4).verified
+    trainer.__class__ = Looking
+    with pytest.raises(InvalidInput, match=r"use its train_dataset, which cannot be sent .*: cannot pickle a lock"):
+        fit_trainer(trainer, 8, device="cpu")
+
+
 def caveats_of(trainer: Any) -> str:
     """What is said about four micro-batches of six."""
     return " ".join(caveats(stand_in(trainer)[0], plan_of(TARGET, 6), stand_in(trainer)[1]))

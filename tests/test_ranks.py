@@ -34,6 +34,15 @@ print(json.dumps({
     "verified": plan.verified,
 }), file=out)
 """
+TOO_SMALL = """
+from autobatch import NothingFits
+try:
+    autobatch.fit(
+        Wide(fixed_mib=100), 8, data=wide_batch, device="cpu", memory_limit="450MiB" if rank == 1 else "2GiB",
+        training_step=lambda model, batch: model(batch[0]).mean() + model.fixed.sum())
+except NothingFits as error:
+    print(json.dumps([str(error), error.needed_bytes, error.budget_bytes]), file=out)
+"""
 FAILS = """
 def step(model, batch):
     if rank == 1:
@@ -56,8 +65,7 @@ if rank == 0:
 dist.barrier()
 """
 NEVER = """
-from datetime import timedelta
-talk.PATIENCE, talk.GRACE_SECONDS = timedelta(seconds=3), 1.0
+talk.GRACE_SECONDS = 1.0
 if rank == 1:
     os._exit(0)  # before the ranks have talked at all
 try:
@@ -76,8 +84,7 @@ except Exception as error:
     print(type(error).__name__, error, file=out)
 """
 HANGS = """
-from datetime import timedelta
-talk.PATIENCE, talk.GRACE_SECONDS = timedelta(seconds=3), 1.0
+talk.GRACE_SECONDS = 1.0
 try:
     with talk.failing_together(True):
         if rank == 1:
@@ -92,7 +99,17 @@ os._exit(0)
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return torchrun(folder, 2, IMPORTS, smaller=SMALLER, unequal=UNEQUAL, fails=FAILS, others=OTHERS, alone=ALONE)
+    return torchrun(
+        folder,
+        2,
+        IMPORTS,
+        smaller=SMALLER,
+        unequal=UNEQUAL,
+        too_small=TOO_SMALL,
+        fails=FAILS,
+        others=OTHERS,
+        alone=ALONE,
+    )
 
 
 def test_a_rank_with_less_memory_decides_for_all(on_two_ranks):
@@ -120,6 +137,14 @@ def test_unequal_ranks_have_unequal_parts_that_add_up(on_two_ranks):
     assert sum(first["parts"]) == 121
 
 
+def test_where_nothing_fits_on_one_rank_all_name_it_and_its_numbers(on_two_ranks):
+    first, second = map(json.loads, on_two_ranks["too_small"])
+    assert first == second
+    message, needed, budget = first
+    assert message.startswith("nothing fits on rank 1: a training step with micro-batches of 1 sample takes ")
+    assert budget < 450 * 1024**2 < 600 * 1024**2 < needed
+
+
 def test_a_rank_that_fails_ends_all_with_its_reason(on_two_ranks):
     assert on_two_ranks["fails"] == [
         "RankFailed rank 1 failed: LookupError: on this rank only",
@@ -140,5 +165,6 @@ def test_with_world_size_given_one_rank_may_ask_alone(on_two_ranks):
 
 @pytest.mark.parametrize("program", [NEVER, DIES, HANGS], ids=["never came", "dies", "hangs"])
 def test_a_rank_that_never_comes_is_named(tmp_path, program):
-    (said, _) = torchrun(tmp_path, 2, IMPORTS, missing=program)["missing"]
+    """The others wait as long as the process group was told to."""
+    (said, _) = torchrun(tmp_path, 2, IMPORTS, timeout=3, missing=program)["missing"]
     assert said.startswith("RankFailed rank 1 is missing: the others waited in vain")

@@ -2,90 +2,31 @@
 
 import copy
 import math
-import random
-import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import plan_of
+from stepping import (
+    STEPS,
+    Kept,
+    Tagger,
+    distance,
+    gradients_of,
+    padding_mean,
+    sample_mean,
+    shifted_mean,
+    texts,
+    token_mean,
+    token_sum,
+)
 from torch import nn
 from torch.nn import functional as F
 
 from autobatch import InvalidInput
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Tagger(nn.Module):
-    """Scores for every token of padded texts."""
-
-    def __init__(self, classes=7):
-        super().__init__()
-        self.embedding = nn.Embedding(11, 6)
-        self.scores = nn.Linear(6, classes)
-
-    def forward(self, tokens):
-        return self.scores(self.embedding(tokens).tanh().cumsum(1))
-
-
-def texts(n, length=5, seed=0):
-    """Tokens, and labels of which each text has another number."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(11, (n, length), generator=generator)
-    labels = torch.randint(7, (n, length), generator=generator)
-    filled = torch.randint(1, length + 1, (n, 1), generator=generator)
-    return {"tokens": tokens, "labels": labels.masked_fill(torch.arange(length) >= filled, -100)}
-
-
-def token_mean(model, batch):
-    return F.cross_entropy(model(batch["tokens"]).transpose(1, 2), batch["labels"])
-
-
-def token_sum(model, batch):
-    return F.cross_entropy(model(batch["tokens"]).transpose(1, 2), batch["labels"], reduction="sum")
-
-
-def shifted_mean(model, batch):
-    return F.cross_entropy(model(batch["tokens"])[:, :-1].transpose(1, 2), batch["labels"][:, 1:])
-
-
-def sample_mean(model, batch):
-    return model(batch["tokens"]).square().mean()
-
-
-def padding_mean(model, batch):
-    """A mean over tokens that are no padding, which is 0."""
-    real = batch["tokens"] != 0
-    return (model(batch["tokens"]).square().mean(-1) * real).sum() / real.sum()
-
-
-def gradients_of(model, step, batch):
-    model.zero_grad()
-    step(model, batch).backward()
-    return [p.grad.clone() for p in model.parameters()]
-
-
-class Kept(torch.optim.SGD):
-    """Remembers the gradients that it was stepped with."""
-
-    def step(self, closure=None):
-        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
-        return super().step(closure)
-
-
-def distance(ours, theirs):
-    ours, theirs = (torch.cat([t.detach().flatten() for t in tensors]) for tensors in (ours, theirs))
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-STEPS = [token_mean, token_sum, shifted_mean, sample_mean, padding_mean]
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
@@ -126,116 +67,6 @@ def test_every_size_and_short_batch_gives_the_whole_gradient(target, largest, sa
     whole = gradients_of(model, step, batch)
     plan = plan_of(target, largest, batch_dims={"tokens": 0, "labels": 0})
     plan.stepper(model, optimizer, training_step=step, reduction=told).step(batch)
-    assert distance(optimizer.seen, whole) < 1e-12
-
-
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        nn.CrossEntropyLoss(),
-        nn.CrossEntropyLoss(ignore_index=3),
-        nn.CrossEntropyLoss(weight=torch.arange(1.0, 8), label_smoothing=0.1),
-        nn.CrossEntropyLoss(reduction="sum"),
-        F.cross_entropy,
-    ],
-    ids=["plain", "ignored class", "class weights", "sum", "function"],
-)
-def test_the_counts_of_cross_entropy_are_known(criterion):
-    if isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is not None:
-        criterion = criterion.double()
-    model = nn.Linear(4, 7)
-    targets = torch.randint(7, (19,), generator=torch.Generator().manual_seed(1))
-    if getattr(criterion, "ignore_index", -100) == -100:
-        targets[::3] = -100
-    batch = (torch.randn(19, 4), targets)
-    optimizer = Kept(model.parameters(), lr=0.1)
-    whole = gradients_of(model, lambda m, b: criterion(m(b[0]), b[1]), batch)
-    plan_of(19, 4).stepper(model, optimizer, loss=criterion).step(batch)
-    assert distance(optimizer.seen, whole) < 1e-12
-
-
-def test_an_ignored_class_beyond_the_class_weights_is_no_class():
-    criterion = nn.CrossEntropyLoss(weight=torch.arange(1.0, 8), ignore_index=255).double()
-    targets = torch.randint(7, (19,), generator=torch.Generator().manual_seed(1))
-    targets[::3] = 255
-    model, batch = nn.Linear(4, 7), (torch.randn(19, 4), targets)
-    optimizer = Kept(model.parameters(), lr=0.1)
-    whole = gradients_of(model, lambda m, b: criterion(m(b[0]), b[1]), batch)
-    plan_of(19, 4).stepper(model, optimizer, loss=criterion).step(batch)
-    assert distance(optimizer.seen, whole) < 1e-12
-
-
-def test_micro_batches_in_which_nothing_counts_leave_no_trace():
-    batch, model = texts(12), Tagger()
-    batch["labels"][3:6] = -100
-    optimizer = Kept(model.parameters(), lr=0.1)
-    whole = gradients_of(model, token_mean, batch)
-    stepper = plan_of(12, 3).stepper(model, optimizer, training_step=token_mean, reduction=_labels)
-    result = stepper.step(batch)
-    assert distance(optimizer.seen, whole) < 1e-12
-    assert math.isfinite(float(result))
-
-
-def _labels(batch):
-    return (batch["labels"] != -100).sum()
-
-
-def test_a_batch_in_which_nothing_counts_is_an_error():
-    batch, model = texts(12), Tagger()
-    batch["labels"][:] = -100
-    stepper = plan_of(12, 3).stepper(model, Kept(model.parameters()), training_step=token_mean, reduction=_labels)
-    with pytest.raises(InvalidInput, match="nothing in this batch counts"):
-        stepper.step(batch)
-
-
-def test_a_loss_that_compares_samples_is_said_not_to_add_up():
-    def contrast(model, batch):
-        codes = F.normalize(model(batch["tokens"]).mean(1), dim=-1)
-        return F.cross_entropy(codes @ codes.T / 0.1, torch.arange(len(codes)))
-
-    model = Tagger()
-    stepper = plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=contrast)
-    with pytest.warns(UserWarning, match="compared with one another") as caught:
-        stepper.step(texts(12))
-    assert caught[0].filename == __file__
-
-
-def test_finding_out_what_the_loss_is_leaves_no_trace():
-    model = nn.Sequential(Tagger(), nn.Dropout(0.5), nn.BatchNorm1d(5))
-    model[1].eval()
-    seen = []
-
-    def step(model, batch):
-        seen.append(len(batch["tokens"]))
-        random.random()
-        torch.rand(1)
-        return model(batch["tokens"]).square().mean()
-
-    stepper = plan_of(12, 6).stepper(model, Kept(model.parameters()), training_step=step)
-    flags = [module.training for module in model.modules()]
-    torch.manual_seed(3)
-    random.seed(3)
-    stepper.step(texts(12))
-    drawn = torch.rand(1), random.random()
-    torch.manual_seed(3)
-    random.seed(3)
-    for _ in range(2):
-        torch.rand(1)
-        random.random()
-    assert drawn == (torch.rand(1), random.random())
-    assert [module.training for module in model.modules()] == flags
-    assert seen[-2:] == [6, 6] and seen[:-2] == [1, 2, 3] * (len(seen) // 3)
-
-
-def test_a_first_batch_that_says_nothing_leaves_the_question_open():
-    """All labels count in the first batch: whether tokens or samples weigh, only the second shows."""
-    even, ragged, model = texts(12), texts(12, seed=1), Tagger()
-    even["labels"] = even["labels"].clamp(min=0)
-    optimizer = Kept(model.parameters(), lr=0.1)
-    stepper = plan_of(12, 4).stepper(model, optimizer, training_step=token_mean)
-    stepper.step(even)
-    whole = gradients_of(model, token_mean, ragged)
-    stepper.step(ragged)
     assert distance(optimizer.seen, whole) < 1e-12
 
 
@@ -380,136 +211,24 @@ def test_a_bug_in_the_model_is_raised_as_it_is():
     assert stepper.events == []
 
 
-def micro_texts(samples, size, seed=0):
-    whole = texts(samples, seed=seed)
-    return whole, [{k: v[i : i + size] for k, v in whole.items()} for i in range(0, samples, size)]
-
-
-def test_a_loader_of_micro_batches_gives_the_same_steps():
-    (first, micros), (last, short) = micro_texts(12, 4), micro_texts(7, 4, seed=1)
-    model = Tagger()
-    twin = copy.deepcopy(model)
-    stepper = plan_of(12, 4).stepper(model, torch.optim.SGD(model.parameters(), lr=0.1), training_step=token_mean)
-    results = []
-    for i, micro in enumerate(stepper.accumulate(iter(micros + short))):
-        result = micro.backward() if i % 2 else micro.backward(token_mean(model, micro.batch))
-        results.append(result)
-    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
-    losses = []
-    for batch in (first, last):
-        plain.zero_grad()
-        loss = token_mean(twin, batch)
-        loss.backward()
-        plain.step()
-        losses.append(loss.item())
-    assert [result is not None for result in results] == [False, False, True, False, True]
-    assert [float(result) for result in results if result] == pytest.approx(losses, rel=1e-12)
-    assert distance(list(model.parameters()), list(twin.parameters())) < 1e-12
-
-
-@pytest.mark.parametrize("ignored", [-100, 0, 1, -1, 255])
-def test_texts_that_lie_along_the_second_dimension_are_counted_too(ignored):
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.cells, self.scores = nn.Embedding(11, 6), nn.LSTM(6, 8), nn.Linear(8, 7)
-
-        def forward(self, tokens):
-            return self.scores(self.cells(self.embedding(tokens))[0])
+@pytest.mark.parametrize("recover", [True, False])
+@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt])
+def test_a_step_that_fails_in_its_middle_leaves_no_gradients(error, recover):
+    model, runs = Tagger(), []
 
     def step(model, batch):
-        scores, labels = model(batch[0]), batch[1]
-        return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=ignored)
+        runs.append(model.scores.weight.grad is not None)
+        if len(runs) == 3:
+            raise error
+        return sample_mean(model, batch)
 
-    torch.manual_seed(0)
-    tokens, labels = torch.randint(11, (9, 14)), torch.randint(2, 7, (9, 14))
-    labels[torch.arange(9)[:, None] >= torch.randint(1, 10, (14,))] = ignored
-    model = Recurrent()
-    optimizer = Kept(model.parameters(), lr=0.1)
-    whole = gradients_of(model, step, (tokens, labels))
-    plan_of(14, 4, batch_dims={"0": 1, "1": 1}).stepper(model, optimizer, training_step=step).step((tokens, labels))
-    assert distance(optimizer.seen, whole) < 1e-12
-
-
-@pytest.mark.parametrize("step", [token_mean, token_sum, shifted_mean, padding_mean], ids=lambda step: step.__name__)
-def test_single_samples_tell_together_what_the_loss_is(step):
-    whole, micros = micro_texts(9, 1)
-    model = Tagger()
-    optimizer = Kept(model.parameters(), lr=0.1)
-    expected = gradients_of(model, step, whole)
-    micros = [micro for micro in micros if torch.isfinite(step(model, micro).detach())]
-    for micro in plan_of(9, 1).stepper(model, optimizer, training_step=step).accumulate(micros):
-        micro.backward()
-    if len(micros) == 9:
-        assert distance(optimizer.seen, expected) < 1e-12
-
-
-def test_means_over_samples_are_not_weighed_by_padding():
-    """Micro-batches are padded to lengths of their own."""
-    model = Tagger()
-    micros = [{"tokens": torch.randint(11, (3, length)), "classes": torch.randint(7, (3,))} for length in (3, 11, 5)]
-
-    def step(model, batch):
-        return F.cross_entropy(model(batch["tokens"])[:, -1], batch["classes"])
-
-    optimizer = Kept(model.parameters(), lr=0.1)
-    model.zero_grad()
-    (sum(step(model, micro) for micro in micros) / 3).backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one batch of a single length does not tell
-        for micro in plan_of(9, 3).stepper(model, optimizer, training_step=step).accumulate(micros):
-            micro.backward()
-    assert distance(optimizer.seen, expected) < 1e-12
-
-
-def test_micro_batches_that_do_not_add_up_and_forgotten_backward_passes_are_errors():
-    _, micros = micro_texts(15, 5)
-    model = Tagger()
-    stepper = plan_of(12, 5).stepper(model, Kept(model.parameters()), training_step=sample_mean)
-    with pytest.raises(InvalidInput, match=r"do not add up to the 12 .* 10 are there, and 5 come next"):
-        list(stepper.accumulate(micros))
-    _, micros = micro_texts(12, 4)
-    with pytest.raises(InvalidInput, match="call backward"):
-        list(stepper.accumulate(micros))
-
-
-def test_running_means_move_as_over_the_whole_batch():
-    batch = torch.randn(20, 3, 4) + 2
-    for momentum in (0.1, None, 1.0):
-        model = nn.Sequential(nn.BatchNorm1d(3, momentum=momentum), nn.Flatten(), nn.Linear(12, 1))
-        twin = copy.deepcopy(model)
-        stepper = plan_of(20, 7).stepper(
-            model, torch.optim.SGD(model.parameters(), lr=0.0), training_step=lambda m, b: m(b).mean(), reduction="mean"
-        )
-        for _ in range(3):
-            stepper.step(batch)
-            twin(batch)
-        ours, theirs = model[0], twin[0]
-        assert torch.allclose(ours.running_mean, theirs.running_mean, rtol=1e-12)
-        # The micro-batches' own means lie apart, which their variances do not show.
-        assert torch.allclose(ours.running_var, theirs.running_var, rtol=0.2)
-        assert ours.num_batches_tracked == theirs.num_batches_tracked
-        assert ours.momentum == momentum
-
-
-def test_a_step_that_fails_counts_as_one_at_most():
-    model = nn.Sequential(nn.BatchNorm1d(3, momentum=None), nn.Linear(3, 1))
-
-    def step(model, batch):
-        loss = model(batch).mean()
-        if failing:
-            raise LookupError
-        return loss
-
-    stepper = plan_of(8, 2).stepper(model, Kept(model.parameters()), training_step=step, reduction="mean")
-    for failing in (True, False):
-        try:
-            stepper.step(torch.randn(8, 3))
-        except LookupError:
-            assert failing
-        assert model[0].momentum is None
-    assert int(model[0].num_batches_tracked) <= 2
+    stepper = plan_of(12, 4).stepper(
+        model, Kept(model.parameters()), training_step=step, reduction="mean", recover=recover
+    )
+    with pytest.raises(error):
+        stepper.step(texts(12))
+    assert runs == [False, True, True]
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_gradients_that_the_optimizer_does_not_know_do_not_add_up():
@@ -539,17 +258,6 @@ def test_parameters_that_join_later_are_clipped_with_the_others():
     assert float(stepper.step(batch).grad_norm) > before
 
 
-def test_frozen_batch_norm_stays_as_it_is():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
-    model[0].eval()
-    before = copy.deepcopy(model[0].state_dict())
-    stepper = plan_of(9, 4).stepper(
-        model, torch.optim.SGD(model[1].parameters()), training_step=lambda m, b: m(b).mean(), reduction="mean"
-    )
-    stepper.step(torch.randn(9, 3))
-    assert all(torch.equal(before[name], value) for name, value in model[0].state_dict().items())
-
-
 def test_a_stepper_goes_on_from_its_state():
     model = Tagger()
     plan = plan_of(12, 4)
@@ -568,24 +276,3 @@ def test_a_model_in_evaluation_mode_is_warned_of():
     stepper = plan_of(6, 4).stepper(model, Kept(model.parameters()), training_step=sample_mean, reduction="mean")
     with pytest.warns(UserWarning, match=r"evaluation mode.*model.train\(\)"):
         stepper.step(texts(6))
-
-
-def test_compiled_models_have_one_momentum_for_all_micro_batches():
-    seen = []
-    layer = nn.BatchNorm1d(3, momentum=0.19)
-    layer.register_forward_pre_hook(lambda module, inputs: seen.append(module.momentum))
-    model = torch.compile(nn.Sequential(layer, nn.Linear(3, 1)), backend="eager")
-    stepper = plan_of(8, 4).stepper(
-        model, Kept(model.parameters(), lr=0.0), training_step=lambda m, b: m(b).mean(), reduction="mean"
-    )
-    stepper.step(torch.randn(8, 3))
-    assert len(set(seen)) == 1 and seen[0] == pytest.approx(0.1)
-    assert layer.momentum == 0.19
-
-
-def test_no_warning_where_nothing_is_assumed():
-    model = nn.Linear(4, 2)
-    batch = (torch.randn(9, 4), torch.randn(9, 2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plan_of(9, 4).stepper(model, Kept(model.parameters()), loss=nn.MSELoss()).step(batch)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from plans import plan_of
-from test_stepper import Kept, distance
+from stepping import Kept, distance
 
 transformers = pytest.importorskip("transformers")
 SMALL = {

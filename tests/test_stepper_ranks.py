@@ -8,7 +8,7 @@ import copy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from plans import plan_of
-from test_stepper import Kept, Tagger, distance, gradients_of, sample_mean, texts, token_mean, token_sum
+from stepping import Kept, Tagger, distance, gradients_of, sample_mean, texts, token_mean, token_sum
 torch.set_default_dtype(torch.float64)
 
 def fresh():
@@ -96,6 +96,29 @@ for step in (token_mean, token_sum, sample_mean):  # one micro-batch on each ran
         expected = gradients_of(plain, step, whole)
         plans(rank).stepper(wrapped, optimizer, training_step=step).step(own(plans, whole))
         print(distance(optimizer.seen, expected) < 1e-12, file=out)
+"""
+LITTLE_MEMORY = """
+model = fresh()
+plans = lambda r: plan_of(12, 3, ranks=2, rank=r)
+plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+def step(model, batch):
+    if rank == 1 and not torch.is_grad_enabled() and len(batch["tokens"]) > most:
+        torch.empty(1 << 50)
+    return token_mean(model, batch)
+most = 2  # samples together, without gradients
+optimizer = Kept(model.parameters(), lr=0.1)
+stepper = plans(rank).stepper(wrapped, optimizer, training_step=step)
+for seed in range(11):  # it is found out in the first, and looked at again in the tenth
+    whole = texts(12, seed=seed)
+    expected = gradients_of(plain, token_mean, whole)
+    stepper.step(own(plans, whole))
+    assert distance(optimizer.seen, expected) < 1e-12
+    plain.load_state_dict(model.state_dict())
+most = 1
+try:
+    plans(rank).stepper(wrapped, optimizer, training_step=step).step(own(plans, whole))
+except Exception as error:
+    print(type(error).__name__, error, file=out)
 """
 IDLE = """
 from torch.distributed.device_mesh import init_device_mesh
@@ -291,6 +314,7 @@ def on_two_ranks(tmp_path_factory):
         travel=TRAVEL,
         short=SHORT,
         found_out=FOUND_OUT,
+        little_memory=LITTLE_MEMORY,
         idle=IDLE,
         unequal=UNEQUAL,
         unused=UNUSED,
@@ -324,6 +348,13 @@ def test_unequal_parts_are_exact_and_only_the_rank_that_runs_out_shrinks(on_two_
 
 def test_what_the_loss_is_is_found_out_by_all_ranks_together(on_two_ranks):
     assert on_two_ranks["found_out"] == ["\n".join(["True"] * 6)] * 2
+
+
+def test_a_rank_with_little_memory_has_all_find_it_out_with_fewer_samples_or_ask(on_two_ranks):
+    for said in on_two_ranks["little_memory"]:
+        assert said.startswith(
+            "InvalidInput what the loss is a mean over could not be found out, as memory ran out with"
+        )
 
 
 def test_ranks_on_which_nothing_counts_take_part_or_are_refused(on_two_ranks):

@@ -7,23 +7,25 @@ import textwrap
 from pathlib import Path
 
 PREAMBLE = """
-import os, sys
+import datetime, os, sys
 sys.path.insert(0, {tests!r})
 import torch
 import torch.distributed as dist
 {imports}
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds={timeout}))
 rank, ranks = dist.get_rank(), dist.get_world_size()
 """
 
 
-def torchrun(folder: Path, count: int, imports: str = "", **programs: str) -> dict[str, list[str]]:
-    """Run programs one after another on `count` ranks.
+def torchrun(
+    folder: Path, count: int, imports: str = "", timeout: float = 1800, **programs: str
+) -> dict[str, list[str]]:
+    """Run programs one after another on `count` ranks, which wait for one another so many seconds.
 
     Returns:
         What each of them wrote to the file `out`, by its name and by rank.
     """
-    source = PREAMBLE.format(tests=str(Path(__file__).parent), imports=textwrap.dedent(imports))
+    source = PREAMBLE.format(tests=str(Path(__file__).parent), imports=textwrap.dedent(imports), timeout=timeout)
     for name, program in programs.items():
         source += f"\nout = open(f'{folder}/{name}{{rank}}', 'w', buffering=1)\n" + textwrap.dedent(program)
     script = folder / "program.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import re
 import resource
 import sys
@@ -140,6 +141,13 @@ def attempt(call: Callable[[], _Result]) -> _Result | Diagnosis:
         for link in chain(error, outside):
             traceback.clear_frames(link.__traceback__)
         return diagnosis
+
+
+def release() -> None:
+    """Give back to the devices what a failed attempt held, so that a smaller one has the room."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def requested_bytes(message: str) -> int | None:

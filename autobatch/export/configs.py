@@ -83,7 +83,7 @@ def _torchtitan(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def _torchtitan_tokens(plan: TrainingPlan, tokens_per_sample: int) -> dict[str, Any]:
-    """The same as slots for tokens, which torchtitan counts in since August 2026."""
+    """The same as slots for tokens, which torchtitan's main branch counts in since August 2026, after 0.3.0."""
     return {
         "training": {
             "num_tokens_per_microbatch_per_dp_rank": plan.micro_batch_size * tokens_per_sample,

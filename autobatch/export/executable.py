@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
-
-import torch
 
 from autobatch import ranks
 from autobatch.devices import oom
@@ -71,7 +68,7 @@ def find_executable_batch_size(
             outcome = oom.attempt(functools.partial(function, size, share // size, *args, **kwargs))
             if not isinstance(outcome, oom.Diagnosis):
                 return outcome
-            _free()
+            oom.release()
             _log.warning("Memory ran out with micro-batches of %d samples. (%s)", size, outcome.message)
         raise _nothing_fits(outcome)
 
@@ -98,9 +95,3 @@ def _nothing_fits(ran_out: oom.Diagnosis) -> NothingFits:
         needed_bytes=None,
         budget_bytes=None,
     )
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from autobatch.errors import InvalidInput
 from autobatch.export.configs import mean_of_means
@@ -83,7 +83,8 @@ class AccumulateToTarget(Callback):  # type: ignore[misc]
             else:
                 setattr(holder, self.attribute, plan.micro_batch_size)
         trainer.accumulate_grad_batches = plan.accumulation_steps
-        for sentence in _caveats(_train_loader(trainer, pl_module), plan, self.attribute):
+        limit = trainer.limit_train_batches
+        for sentence in _caveats(_train_loader(trainer, pl_module), plan, self.attribute, limit):
             warnings.warn(sentence, stacklevel=2)
         trainer.fit_loop._combined_loader = None  # where it is there already, it has the size of before
         if trainer.lr_scheduler_configs:
@@ -143,9 +144,10 @@ def _detached(module: Any) -> Iterator[None]:
         module.trainer = trainer
 
 
-def _caveats(loader: DataLoader[Any], plan: TrainingPlan, attribute: str) -> Iterator[str]:
-    """What is not exact with the loader that training will have."""
-    size = plan.micro_batch_size
+def _caveats(loader: DataLoader[Any], plan: TrainingPlan, attribute: str, limit: int | float) -> Iterator[str]:
+    """What is not exact with the loader that training will have, of which an epoch has `limit` batches (an int), or
+    that share of them."""
+    size, steps = plan.micro_batch_size, plan.accumulation_steps
     if loader.batch_size != size:
         yield (
             f"train_dataloader makes batches of {loader.batch_size} samples although {attribute} is {size}, so that "
@@ -153,19 +155,33 @@ def _caveats(loader: DataLoader[Any], plan: TrainingPlan, attribute: str) -> Ite
         )
         return
     yield from mean_of_means(plan, "Lightning")
-    samples = _samples(loader)
-    rest = samples % plan.target_batch_size if samples else 0
-    if rest and plan.accumulation_steps > 1:
+    samples = _samples(loader, plan.world_size)
+    if samples is None or steps == 1:
+        return
+    whole, rest = divmod(samples, size)
+    batches = whole + (rest > 0 and not loader.drop_last)
+    batches, all_of_them = min(batches, limit) if isinstance(limit, int) else int(batches * limit), batches
+    if batches % steps:
+        remedy = f"Train on a multiple of {plan.target_batch_size} samples"
+        if batches < all_of_them:
+            remedy = f"Have limit_train_batches={limit} come to a multiple of {steps} batches"
         yield (
-            f"the last optimizer step of an epoch has {rest} of its {plan.target_batch_size} samples, but Lightning "
-            f"divides by accumulate_grad_batches={plan.accumulation_steps} all the same, so that its gradient is too "
-            f"small. Train on a multiple of {plan.target_batch_size} samples."
+            f"the last optimizer step of an epoch of {batches} micro-batches has {batches % steps} of its {steps}, but "
+            f"Lightning divides by accumulate_grad_batches={steps} all the same, so that its gradient is too small. "
+            f"{remedy}."
+        )
+    elif batches > whole:
+        yield (
+            f"the last micro-batch of an epoch has {rest} samples, and Lightning weighs them as much as {size}. Train "
+            f"on a multiple of {plan.target_batch_size} samples, or drop the last batch."
         )
 
 
-def _samples(loader: DataLoader[Any]) -> int | None:
-    """Samples of an epoch; None where that is not known."""
+def _samples(loader: DataLoader[Any], world_size: int) -> int | None:
+    """One rank's samples of an epoch; None where that is not known."""
     try:
-        return len(loader.sampler)  # type: ignore[arg-type]
+        samples = len(loader.sampler)  # type: ignore[arg-type]
     except TypeError:
         return None
+    # Lightning shares out what is not shared out yet, as evenly as can be, and fills up.
+    return samples if isinstance(loader.sampler, DistributedSampler) else -(-samples // world_size)

@@ -44,11 +44,12 @@ def fit_trainer(trainer: Any, target: int, **options: Unpack[FitOptions]) -> Tra
     with preserved(trainer.model, tensors=False):
         _checkpoint_activations(trainer.model, args)
         actor, loader = stand_in(trainer)
+        step = TrainerStep(actor)
         workload = Workload(
             trainer.model,
             data=loader,
-            training_step=TrainerStep(actor),
-            optimizer=optimizer_of(trainer, actor),
+            training_step=step,
+            optimizer=optimizer_of(trainer, step),
             precision=precision_of(trainer),
         )
         plan = fit_one_size(workload, target, gpus if gpus > 1 else None, options)

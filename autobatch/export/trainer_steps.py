@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
+import cloudpickle
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,8 +23,8 @@ from autobatch.workload.runner import autocast
 def stand_in(trainer: Any) -> tuple[Any, DataLoader[Any]]:
     """A copy of the Trainer for the trials, which may run in another process, and its loader.
 
-    It shares the model and what steps are made of. What watches training (callbacks, trackers, metrics) is left out,
-    and nothing that it does reaches other processes.
+    It shares the model, the data and what steps are made of. What watches training (callbacks, trackers, metrics) is
+    left out, and nothing that it does reaches other ranks.
     """
     accelerator = copy.copy(trainer.accelerator)
     accelerator.prepare = _as_it_is
@@ -41,7 +43,6 @@ def stand_in(trainer: Any) -> tuple[Any, DataLoader[Any]]:
     loader = actor.get_train_dataloader()
     watching = ("callback_handler", "compute_metrics", "preprocess_logits_for_metrics", "gather_function")
     for name in (
-        "train_dataset",
         "eval_dataset",
         "optimizer",
         "lr_scheduler",
@@ -57,10 +58,10 @@ def _as_it_is(value: Any, *args: Any, **kwargs: Any) -> Any:
     return value
 
 
-def optimizer_of(trainer: Any, actor: Any) -> Optimizer | Callable[..., Optimizer]:
+def optimizer_of(trainer: Any, step: TrainerStep) -> Optimizer | Callable[..., Optimizer]:
     """The Trainer's optimizer, or what makes it in a trial."""
     if trainer.optimizer is None:
-        return TrainerOptimizer(actor)
+        return TrainerOptimizer(step)
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # out of accelerate's wrapper
 
 
@@ -80,13 +81,23 @@ class HeldBackward:
 
 
 class TrainerStep:
-    """The loss of a Trainer's own `training_step`."""
+    """The loss of a Trainer's own `training_step`. It takes the Trainer's data along to another process where methods
+    of the user's own may look at it there."""
 
     def __init__(self, actor: Any) -> None:
-        self._actor = actor
+        self.actor = actor
+
+    def __getstate__(self) -> tuple[Any, bytes | _Unsent]:
+        actor = copy.copy(self.actor)
+        actor.train_dataset = None
+        return actor, _sent(self.actor.train_dataset if _has_steps_of_its_own(actor) else None)
+
+    def __setstate__(self, state: tuple[Any, bytes | _Unsent]) -> None:
+        self.actor, data = state
+        self.actor.train_dataset = pickle.loads(data) if isinstance(data, bytes) else data
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
-        actor = self._actor
+        actor = self.actor
         device = next(model.parameters()).device
         inputs = copy.copy(batch)  # some take their labels out
         # A micro-batch of the trial counts its own items. How many they are changes the loss, but no tensor's size.
@@ -96,15 +107,48 @@ class TrainerStep:
         return actor.accelerator.backward.take()
 
 
+class _Unsent:
+    """In place of data that could not be sent to another process."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def _fail(self, *args: Any) -> NoReturn:
+        raise InvalidInput(
+            "methods of this Trainer use its train_dataset, which cannot be sent to the process that runs the trials: "
+            f"{self._why}. Keep open files, locks and generators out of it, or make them when they are first used."
+        )
+
+    __len__ = __getitem__ = __iter__ = _fail
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # which pickle and copy ask for
+            raise AttributeError(name)
+        self._fail()
+
+
+def _sent(data: Any) -> bytes | _Unsent:
+    try:
+        return cloudpickle.dumps(data)
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:
+        return _Unsent(str(error))
+
+
+def _has_steps_of_its_own(actor: Any) -> bool:
+    """Whether the Trainer is one of the user's own: transformers' own looks at its data only to load it."""
+    return not type(actor).__module__.startswith("transformers.")
+
+
 class TrainerOptimizer:
     """Makes the optimizer that a Trainer would make."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, step: TrainerStep) -> None:
+        self._step = step
 
     def __call__(self, params: Iterable[nn.Parameter]) -> Optimizer:
-        made: Optimizer = self._actor.create_optimizer()
-        self._actor.optimizer = None
+        actor = self._step.actor
+        made: Optimizer = actor.create_optimizer()
+        actor.optimizer = None
         return made
 
 

@@ -1,41 +1,89 @@
-"""What a loss is, found out by running it: on a sample, on two others, and on all three together.
+"""What a loss is, found out by running it: on a sample, on one or two others, and on all of these together.
 
 For losses that nothing is known of, such as a model's own. Everything in the batch that could be counted is a
-candidate; the right one foretells the loss of all three from those of the parts.
+candidate; the right one foretells the loss of all together from those of the parts.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autobatch import batches
-from autobatch.training.reduction import SAMPLES, SUM, Reduction, counts_of
+from autobatch.devices import oom
+from autobatch.errors import InvalidInput
+from autobatch.training.candidates import SAMPLES, Candidate, candidates_in, counts_by_sample, telling_parts
 from autobatch.training.undo import StepStart
-from autobatch.workload.calls import TARGET_NAMES
 
-IGNORED = (-100, 0, -1, 1, 255)
-"""What losses ignore: by default (PyTorch, Hugging Face), as padding, or as the unlabelled class of images."""
 TOLERANCE, COARSE = 1e-5, 1e-3
 """How far, as a share, a foretold loss may be off: float32 sums of other shapes differ by about 1e-6. The second is for
 models in half precision."""
-LITTLE = 0.02
-"""Weights that differ by no more than this share of them are not worth a warning."""
+SLACK, SMALL = 10, 0.1
+"""How many times further it may be off before what was found out is doubted; and the loss below which only the rounding
+of the scores that it was made from is left of it."""
+SAME, LITTLE = 1e-9, 0.02
+"""Weights that differ by no more than this share of them are the same; are not worth a warning."""
 LOOKS = 3
-"""How often it is run at most before the likeliest of the candidates that are left is taken."""
+"""How often it is run at most in a step before the likeliest of the candidates that are left is taken."""
+RECHECKED = 10
+"""The step in which what was found out is run again; then at ten times that, and so on."""
+SAY = 'plan.stepper(..., reduction=lambda batch: (batch["labels"] != -100).sum())'
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the loss showed on this rank."""
+
+    parts: list[tuple[Any, int]]
+    """Two batches and both together, with their sizes in samples."""
+    losses: list[float]
+    """Of each; not a number where the loss could not be run."""
+    tolerance: float
+    """As a share of the losses."""
+    problem: str = ""
+    """Why it could not be run."""
+
+    @property
+    def tells(self) -> bool:
+        """Whether anything can be told from it: a part in which nothing counts has no loss."""
+        return all(map(math.isfinite, self.losses))
+
+    def fits(self, one: Candidate, slack: bool = False) -> bool:
+        """Whether a candidate foretells the loss of both parts together."""
+        *apart, _ = self.parts
+        *losses, together = self.losses
+        counts = [sum(counts_by_sample([one], [part], size)[0]) for part, size in apart]
+        weights, total = ([1.0, 1.0], 1.0) if one.is_sum else (counts, sum(counts))
+        if not total:
+            return False
+        foretold = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / total
+        largest = max(map(abs, self.losses))
+        tolerance = self.tolerance * (SLACK * max(largest, SMALL) if slack else largest)
+        return abs(foretold - together) <= tolerance
+
+    def __str__(self) -> str:
+        first, second, together = self.losses
+        return (
+            f"the loss of {self.parts[-1][1]} samples together ({together:.6g}) is no such mean of the losses of its "
+            f"parts ({first:.6g} and {second:.6g})"
+        )
 
 
 @dataclass
 class Evidence:
-    """Narrows down what a loss is, batch by batch: it is run only where the candidates disagree about a batch.
+    """Narrows down what a loss is, batch by batch: it is run only where the candidates disagree about a batch, and
+    once in a while again.
 
     The runs are without gradients, in evaluation mode, and leave model and random numbers as they were.
     """
@@ -48,77 +96,149 @@ class Evidence:
     """Puts back what a forward pass changes."""
     gather: Callable[[Any], list[Any]]
     """Gives every rank's value: ranks look together, and see the same."""
-    candidates: list[Reduction] | None = None
-    """What it may be, likeliest first; None before the first batch."""
+    candidates: list[Candidate] = field(default_factory=list)
+    """Everything that it might be, likeliest first; nothing before the first batch."""
+    left: list[Candidate] = field(default_factory=list)
+    """What it may be by what was seen so far."""
+    _steps: int = 0
+    _recheck: int = RECHECKED
+    _undecided: float = SAME
+    """Up to which difference looks did not tell those that are left apart."""
 
-    def settle(self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]) -> Reduction:
-        """What the loss is, as far as it matters for this optimizer step. A collective.
+    def settle(
+        self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]
+    ) -> tuple[Candidate, list[float]]:
+        """What the loss is, as far as it matters for this optimizer step, and what it counts in each of this rank's
+        micro-batches. A collective.
 
         Args:
             batch: some of its samples, with their `layout`, to run the loss on.
-            micros: this rank's micro-batches, of so many `samples`.
-        """
-        if self.candidates is None:
-            self.candidates = list(_candidates(batch, layout))
-        for _ in range(LOOKS):
-            if len(self.candidates) == 1 or self._other(micros, samples) is None:
-                return self.candidates[0]
-            self._narrow(batch, layout)
-        other = self._other(micros, samples, LITTLE)
-        if other is not None:
-            first = self.candidates[0]
-            _warn(f"{first.words}, but may also be {other.words}: the samples at hand do not tell", depth=6)
-        self.candidates = self.candidates[:1]
-        return self.candidates[0]
+            micros: the micro-batches, of so many `samples`.
 
-    def _other(self, micros: Sequence[Any], samples: Sequence[int], by: float = 1e-9) -> Reduction | None:
-        """A candidate that gives the micro-batches of all ranks other weights than the likeliest one, by more than that
-        share of them, if there is any. A collective."""
-        assert self.candidates is not None
-        of_ranks = self.gather(counts_of(self.candidates, micros, samples))
-        weights = []
-        for i, one in enumerate(self.candidates):
+        Raises:
+            InvalidInput: memory ran out with two samples together, so that it cannot be found out.
+        """
+        if not self.candidates:
+            self.candidates = list(candidates_in(batch, layout))
+            self.left = self.candidates
+        self._steps += 1
+        again = self._steps == self._recheck
+        if again:
+            self._recheck *= 10
+        whole = [batch] if layout.size == sum(samples) else micros
+        most = 3 if max(samples) > 2 else 2
+        if len(self.left) > 1:
+            self._narrow(batch, layout, whole, samples, most, SAME if again else self._undecided)
+        elif again and self._difference(self.candidates, whole, samples)[0] > SAME:
+            self._doubt(batch, layout, most)
+        taken = self.left[0]
+        return taken, _counts_of([taken], whole, samples)[0]
+
+    def _narrow(
+        self,
+        batch: Any,
+        layout: batches.Layout,
+        whole: Sequence[Any],
+        samples: Sequence[int],
+        most: int,
+        enough: float,
+    ) -> None:
+        """Look until those that are left differ by no more than that. A collective."""
+        for _ in range(LOOKS):
+            if self._difference(self.left, whole, samples)[0] <= enough:
+                return
+            enough = SAME
+            look = self._look(batch, layout, self.left, most)
+            fitting = self._fitting(look, self.left)
+            mismatch = f"{look}, as where samples are compared with one another"
+            own = look.problem or ("" if not look.tells or any(map(look.fits, self.left)) else mismatch)
+            problem = next(filter(None, self.gather(own)), "")
+            if problem or not fitting:
+                _warn(f"{SAMPLES.words}, but {problem or 'ranks found it to be different things'}")
+                self.left, self._recheck = [SAMPLES], 0
+                return
+            self.left = fitting
+        difference, other = self._difference(self.left, whole, samples)
+        if difference > SAME:
+            self._undecided = 2 * difference  # more of one may tell
+        if difference > LITTLE:
+            _warn(f"{self.left[0].words}, but may also be {other.words}: the samples at hand do not tell")
+
+    def _doubt(self, batch: Any, layout: batches.Layout, most: int) -> None:
+        """See whether the one that is left still foretells the loss. A collective."""
+        taken = self.left[0]
+        look = self._look(batch, layout, self.candidates, most)
+        own = "" if not look.tells or look.fits(taken, slack=True) else str(look)
+        differs = next(filter(None, self.gather(own)), "")
+        if not differs:
+            return
+        fitting = self._fitting(look, self.candidates)
+        if fitting:
+            self.left = fitting
+            _warn(f"{fitting[0].words} from the {self._steps}th step on; up to there for {taken.words}, but {differs}")
+        else:
+            _warn(f"{taken.words}, but in the {self._steps}th step {differs}")
+
+    def _difference(
+        self, candidates: Sequence[Candidate], whole: Sequence[Any], samples: Sequence[int]
+    ) -> tuple[float, Candidate]:
+        """By which share at most a candidate gives a micro-batch of any rank another weight than the likeliest one
+        does, and which candidate that is. A collective."""
+        of_ranks = self.gather(_counts_of(candidates, whole, samples))
+        likeliest: list[float] = []
+        worst = (0.0, candidates[0])
+        for i, one in enumerate(candidates):
             counts = [count for of_rank in of_ranks for count in of_rank[i]]
             total = 1.0 if one.is_sum else sum(counts)
-            weights.append([count / total if total else 0.0 for count in counts])
-        for candidate, own in zip(self.candidates, weights, strict=True):
-            if any(abs(a - b) > by * max(a, b) for a, b in zip(own, weights[0], strict=True)):
-                return candidate
-        return None
+            weights = [count / total if total else 0.0 for count in counts]
+            likeliest = likeliest or weights
+            apart = max(abs(a - b) / (max(a, b) or 1.0) for a, b in zip(weights, likeliest, strict=True))
+            worst = max(worst, (apart, one), key=itemgetter(0))
+        return worst
 
-    def _narrow(self, batch: Any, layout: batches.Layout) -> None:
-        """Keep the candidates that foretell the loss on every rank that can tell."""
-        assert self.candidates is not None
-        kept, problem = {one.words for one in self.candidates}, ""
-        if layout.size > 1:
-            *apart, (together, size) = _parts(batch, layout, self.candidates)
-            losses, problem = self._losses([*(part for part, _ in apart), together])
-            whole = losses[-1]
-            if not problem and all(map(math.isfinite, losses)):
-                tolerance = (COARSE if _is_half(self.model) else TOLERANCE) * max(map(abs, losses))
-                kept = {one.words for one in self.candidates if abs(_foretold(one, apart, losses) - whole) <= tolerance}
-            if not kept:
-                problem = (
-                    f"the loss of {size} samples together ({whole:.6g}) is no such mean of the losses of its parts "
-                    f"({losses[0]:.6g} and {losses[1]:.6g}), as where samples are compared with one another"
-                )
-        kept = set.intersection(*self.gather(kept))
-        problem = next(filter(None, self.gather(problem)), "")
-        if not kept and not problem:
-            problem = "ranks found it to be different things"
-        if problem:
-            _warn(f"{SAMPLES.words}, but {problem}")
-        self.candidates = [one for one in self.candidates if one.words in kept and not problem] or [SAMPLES]
+    def _fitting(self, look: Look, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that foretell the loss on every rank that can tell. A collective."""
+        words = {one.words for one in candidates if not look.tells or look.fits(one)}
+        common = set.intersection(*self.gather(words))
+        return [one for one in candidates if one.words in common]
 
-    def _losses(self, parts: list[Any]) -> tuple[list[float], str]:
-        """The losses of these parts of a batch, or nothing and why."""
-        problem = ""
+    def _look(self, batch: Any, layout: batches.Layout, candidates: Sequence[Candidate], most: int) -> Look:
+        """Run the loss on samples about which the candidates disagree; on two, where memory runs out with three. A
+        collective.
+
+        Raises:
+            InvalidInput: memory runs out with two.
+        """
+        tolerance = COARSE if _is_half(self.model) else TOLERANCE
+        for together in (most, 2):
+            parts = telling_parts(batch, layout, candidates, together)
+            found = self._losses([part for part, _ in parts])
+            said = self.gather(found.message if isinstance(found, oom.Diagnosis) else "")
+            ran_out = next(filter(None, said), None)
+            if ran_out is None:
+                break
+            oom.release()
+        else:
+            raise InvalidInput(
+                "what the loss is a mean over could not be found out, as memory ran out with two samples together and "
+                f"no gradients ({ran_out}). Say what it is, as a wrong guess would train wrongly: {SAY}, or "
+                'reduction="mean" where it is a mean over samples.'
+            )
+        if isinstance(found, list):
+            return Look(parts, found, tolerance)
+        return Look(parts, [math.nan] * len(parts), tolerance, str(found))
+
+    def _losses(self, parts: list[Any]) -> list[float] | oom.Diagnosis | str:
+        """The losses of these parts of a batch, or why there are none."""
+        found: list[float] | oom.Diagnosis | str = ""
         for context in (nullcontext, self.autocast):
             try:
-                return self._run(parts, context), ""
+                found = oom.attempt(partial(self._run, parts, context))
             except Exception as error:  # noqa: BLE001  # a training step may raise anything here: it is told
-                problem = f"it could not be run in evaluation mode to find out ({type(error).__name__}: {error})"
-        return [math.nan] * len(parts), problem
+                found = f"it could not be run in evaluation mode to find out ({type(error).__name__}: {error})"
+            if isinstance(found, list):
+                break
+        return found
 
     def _run(self, parts: list[Any], context: Callable[[], AbstractContextManager[object]]) -> list[float]:
         flags = [(module, module.training) for module in self.model.modules()]
@@ -134,91 +254,25 @@ class Evidence:
                 module.training = training
 
 
-def _foretold(one: Reduction, parts: Sequence[tuple[Any, int]], losses: Sequence[float]) -> float:
-    counts = one.counts([part for part, _ in parts], [n for _, n in parts])
-    total = 1.0 if one.is_sum else sum(counts)
-    return sum(c * loss for c, loss in zip(counts, losses, strict=False)) / total if total else math.nan
+def _counts_of(candidates: Sequence[Candidate], whole: Sequence[Any], samples: Sequence[int]) -> list[list[float]]:
+    """What each candidate counts in each micro-batch of so many `samples`."""
+    by_sample = counts_by_sample(candidates, whole, sum(samples))
+    spans = [slice(end - n, end) for n, end in zip(samples, accumulate(samples), strict=True)]
+    return [
+        [1.0] * len(spans) if one.is_sum else [sum(counts[span]) for span in spans]
+        for one, counts in zip(candidates, by_sample, strict=True)
+    ]
 
 
 def _is_half(model: nn.Module) -> bool:
     return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
 
 
-def _warn(what: str, depth: int = 7) -> None:
+def _warn(what: str) -> None:
+    """Where the caller's own code stands."""
+    frame, depth = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith("autobatch."):
+        frame, depth = frame.f_back, depth + 1
     warnings.warn(
-        f"the loss is taken for {what}. If it is a mean over something else, say what: plan.stepper(..., "
-        'reduction=lambda batch: (batch["labels"] != -100).sum()).',
-        stacklevel=depth,
+        f"the loss is taken for {what}. If it is a mean over something else, say what: {SAY}.", stacklevel=depth
     )
-
-
-def _candidates(batch: Any, layout: batches.Layout) -> Iterator[Reduction]:
-    """Everything that a loss may be a mean over; where several are right for a batch, the earlier is likelier."""
-    labels: list[tuple[str, batches.Path]] = []
-    others: list[tuple[str, batches.Path]] = []
-    masks: list[tuple[str, batches.Path]] = []
-    for path, leaf in batches.named_arrays(batch):
-        if not isinstance(leaf, Tensor) or path not in layout.cuts or leaf.is_complex():
-            continue
-        name = ".".join(map(str, path)) if path else "the batch"
-        name = f"batch[{name}]" if name.isdecimal() else name
-        if not leaf.is_floating_point() and leaf.dtype is not torch.bool:
-            (labels if _is_target(batch, path) else others).append((name, path))
-        if leaf.dtype is torch.bool or "mask" in name.lower():
-            masks.append((name, path))
-    usual, *others_ignored = IGNORED
-    yield from _each(layout, labels, f"{{}} other than {usual}", partial(_other_than, usual))
-    yield SAMPLES
-    yield SUM
-    yield from _each(layout, masks, "what {} lets through", _let_through)
-    yield from _each(layout, others, f"{{}} other than {usual}", partial(_other_than, usual))
-    for value in others_ignored:
-        yield from _each(layout, labels + others, f"{{}} other than {value}", partial(_other_than, value))
-
-
-def _each(
-    layout: batches.Layout, named: list[tuple[str, batches.Path]], words: str, count: Callable[..., Tensor]
-) -> Iterator[Reduction]:
-    """A candidate for each tensor; and without its first position, where a model foretells each from those before."""
-    for later in (False, True):
-        for name, path in named:
-            along = 1 if layout.cuts[path] == 0 else 0
-            where = ", from the second position on" if later else ""
-            yield Reduction(f"a mean over {words.format(name)}{where}", partial(count, path, along if later else None))
-
-
-def _is_target(batch: Any, path: batches.Path) -> bool:
-    """Whether a tensor is what the model is to foretell: by its name, or as the last of several."""
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return path[0] == len(batch) - 1
-    return bool(path) and any(name in str(path[-1]).lower().split("_") for name in TARGET_NAMES)
-
-
-def _other_than(value: int, path: batches.Path, later: int | None, batch: Any) -> Tensor:
-    return (_at(path, later, batch) != value).sum()
-
-
-def _let_through(path: batches.Path, later: int | None, batch: Any) -> Tensor:
-    return _at(path, later, batch).sum()
-
-
-def _at(path: batches.Path, later: int | None, batch: Any) -> Tensor:
-    """The tensor there, or what comes after the first position along the dimension `later`."""
-    tensor: Tensor = batches.at(batch, path)
-    if later is None or tensor.ndim < 2:
-        return tensor
-    return tensor.narrow(later, 1, max(tensor.shape[later] - 1, 0)) if tensor.shape[later] else tensor
-
-
-def _parts(batch: Any, layout: batches.Layout, candidates: Sequence[Reduction]) -> list[tuple[Any, int]]:
-    """A sample, one or two others, and all together, with their sizes: about which candidates disagree."""
-    singles = batches.split(batch, [1] * layout.size, layout)
-    means = [one for one in candidates if not one.is_sum]
-    counted = counts_of(means, singles, [1] * layout.size)
-    # As shares, so that no candidate drowns another.
-    shares = [[counts[i] / (max(counts) or 1) for counts in counted] for i in range(layout.size)]
-    *others, fuller, fullest = sorted(range(layout.size), key=lambda i: min(shares[i]))
-    # A part in which nothing counts has no mean, so each has a sample of which much does.
-    odd = max(others, key=lambda i: max(shares[i]) - min(shares[i]), default=None)
-    two = [fuller] if odd is None else [fuller, odd]
-    return [(batches.take(batch, layout, chosen), len(chosen)) for chosen in ([fullest], two, [fullest, *two])]

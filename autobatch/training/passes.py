@@ -118,7 +118,8 @@ class Passes:
 
     def backward(self, loss: Tensor, weight: float) -> Tensor:
         """Go backward from the loss of one micro-batch; gives it weighed, and without its graph."""
-        loss = check_loss(loss).reshape(())
+        loss = check_loss(loss)
+        loss = loss.reshape(()) if loss.ndim else loss
         if loss.dtype in (torch.float16, torch.bfloat16):
             loss = loss.float()  # so that the sum over micro-batches is not rounded each time
         loss = loss * weight

@@ -13,6 +13,7 @@ from autobatch import batches
 from autobatch.errors import InvalidInput
 from autobatch.plan import TrainingPlan
 from autobatch.sizes import micro_batches, split_evenly
+from autobatch.training.candidates import Candidate
 from autobatch.training.evidence import Evidence
 from autobatch.training.reduction import Reduction
 from autobatch.training.sync import Sync
@@ -90,10 +91,12 @@ class Cutter:
         return Window([few] * passes, [size] * passes, window.weights, window.share)
 
     def _weighed(self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]) -> Window:
-        reduction = self._reduction
-        if isinstance(reduction, Evidence):
-            reduction = reduction.settle(batch, layout, micros, samples)
-        counts = reduction.counts(micros, samples)
+        reduction: Reduction | Candidate
+        if isinstance(self._reduction, Evidence):
+            reduction, counts = self._reduction.settle(batch, layout, micros, samples)
+        else:
+            reduction = self._reduction
+            counts = reduction.counts(micros, samples)
         rows = self._sync.meet([sum(counts), sum(samples)])
         total = 1.0 if reduction.is_sum else sum(row[0] for row in rows)
         if not total:

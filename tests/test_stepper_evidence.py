@@ -1,0 +1,221 @@
+"""What a loss is a mean over, where nobody says it: found out by running it, and looked at again."""
+
+import random
+import warnings
+
+import pytest
+import torch
+from plans import plan_of
+from stepping import Kept, Tagger, distance, gradients_of, sample_mean, texts, token_mean
+from torch import nn
+from torch.nn import functional as F
+
+from autobatch import InvalidInput
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def test_a_loss_that_compares_samples_is_said_not_to_add_up():
+    def contrast(model, batch):
+        codes = F.normalize(model(batch["tokens"]).mean(1), dim=-1)
+        return F.cross_entropy(codes @ codes.T / 0.1, torch.arange(len(codes)))
+
+    model = Tagger()
+    stepper = plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=contrast)
+    with pytest.warns(UserWarning, match="compared with one another") as caught:
+        stepper.step(texts(12))
+    assert caught[0].filename == __file__
+
+
+def test_finding_out_what_the_loss_is_leaves_no_trace():
+    model = nn.Sequential(Tagger(), nn.Dropout(0.5), nn.BatchNorm1d(5))
+    model[1].eval()
+    seen = []
+
+    def step(model, batch):
+        seen.append(len(batch["tokens"]))
+        random.random()
+        torch.rand(1)
+        return model(batch["tokens"]).square().mean()
+
+    stepper = plan_of(12, 6).stepper(model, Kept(model.parameters()), training_step=step)
+    flags = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    random.seed(3)
+    stepper.step(texts(12))
+    drawn = torch.rand(1), random.random()
+    torch.manual_seed(3)
+    random.seed(3)
+    for _ in range(2):
+        torch.rand(1)
+        random.random()
+    assert drawn == (torch.rand(1), random.random())
+    assert [module.training for module in model.modules()] == flags
+    assert seen[-2:] == [6, 6] and seen[:-2] == [1, 2, 3] * (len(seen) // 3)
+
+
+def test_a_first_batch_that_says_nothing_leaves_the_question_open():
+    """All labels count in the first batch: whether tokens or samples weigh, only the second shows."""
+    even, ragged, model = texts(12), texts(12, seed=1), Tagger()
+    even["labels"] = even["labels"].clamp(min=0)
+    optimizer = Kept(model.parameters(), lr=0.1)
+    stepper = plan_of(12, 4).stepper(model, optimizer, training_step=token_mean)
+    stepper.step(even)
+    whole = gradients_of(model, token_mean, ragged)
+    stepper.step(ragged)
+    assert distance(optimizer.seen, whole) < 1e-12
+
+
+@pytest.mark.parametrize("ignored", [-100, 0, 1, -1, 255])
+def test_texts_that_lie_along_the_second_dimension_are_counted_too(ignored):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.cells, self.scores = nn.Embedding(11, 6), nn.LSTM(6, 8), nn.Linear(8, 7)
+
+        def forward(self, tokens):
+            return self.scores(self.cells(self.embedding(tokens))[0])
+
+    def step(model, batch):
+        scores, labels = model(batch[0]), batch[1]
+        return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=ignored)
+
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(11, (9, 14)), torch.randint(2, 7, (9, 14))
+    labels[torch.arange(9)[:, None] >= torch.randint(1, 10, (14,))] = ignored
+    model = Recurrent()
+    optimizer = Kept(model.parameters(), lr=0.1)
+    whole = gradients_of(model, step, (tokens, labels))
+    plan_of(14, 4, batch_dims={"0": 1, "1": 1}).stepper(model, optimizer, training_step=step).step((tokens, labels))
+    assert distance(optimizer.seen, whole) < 1e-12
+
+
+def running_out_with(samples):
+    """A mean over tokens for whose evaluation so many samples are too many."""
+    seen = []
+
+    def step(model, batch):
+        n = len(batch["tokens"])
+        if not torch.is_grad_enabled():
+            seen.append(n)
+            if n >= samples:
+                torch.empty(1 << 50)
+        return token_mean(model, batch)
+
+    return step, seen
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_three_samples_are_too_many_two_tell():
+    step, seen = running_out_with(3)
+    batch, model = texts(12), Tagger()
+    optimizer = Kept(model.parameters(), lr=0.1)
+    whole = gradients_of(model, token_mean, batch)
+    plan_of(12, 4).stepper(model, optimizer, training_step=step).step(batch)
+    assert distance(optimizer.seen, whole) < 1e-12
+    assert seen[-3:] == [1, 1, 2]
+
+
+def test_where_two_samples_are_too_many_it_has_to_be_said_and_nothing_is_trained():
+    step, _ = running_out_with(2)
+    model = Tagger()
+    before = [p.detach().clone() for p in model.parameters()]
+    stepper = plan_of(12, 1).stepper(model, Kept(model.parameters(), lr=0.1), training_step=step)
+    with pytest.raises(InvalidInput, match=r"memory ran out with two samples.*reduction=lambda"):
+        stepper.step(texts(12))
+    assert all(map(torch.equal, before, model.parameters()))
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("largest", "most"), [(1, 2), (2, 2), (3, 3)])
+@pytest.mark.filterwarnings("error")
+def test_hardly_more_samples_are_run_together_than_in_training(largest, most):
+    step, seen = running_out_with(99)
+    batch, model = texts(12), Tagger()
+    optimizer = Kept(model.parameters(), lr=0.1)
+    batch = {name: rows[(batch["labels"] != -100).any(1)] for name, rows in batch.items()}
+    whole = gradients_of(model, token_mean, batch)
+    plan_of(12, largest).stepper(model, optimizer, training_step=step).step(batch)
+    assert distance(optimizer.seen, whole) < 1e-12
+    assert max(seen) == most
+
+
+def test_candidates_that_hardly_differ_at_first_are_told_apart_when_they_do():
+    """At first all tokens have the same loss, and there is a single one of padding, which does not count."""
+
+    def step(model, batch):
+        real = batch["tokens"] != 0
+        return (model(batch["tokens"]).square().mean(-1) * real).sum() / real.sum()
+
+    model = nn.Embedding(11, 6)
+    with torch.no_grad():
+        model.weight[0] = model.weight[2]
+    first, ragged = {"tokens": torch.full((64, 50), 2)}, {"tokens": torch.randint(1, 11, (64, 50))}
+    first["tokens"][5, 49] = 0
+    ragged["tokens"][torch.arange(50) >= torch.randint(10, 50, (64, 1))] = 0
+    optimizer = Kept(model.parameters(), lr=0.0)
+    stepper = plan_of(64, 16).stepper(model, optimizer, training_step=step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stepper.step(first)
+    whole = gradients_of(model, step, ragged)
+    stepper.step(ragged)
+    assert distance(optimizer.seen, whole) < 1e-12
+
+
+def test_a_loss_that_turns_out_to_be_another_is_warned_of_and_weighed_as_that():
+    model, losses = Tagger(), [token_mean]
+
+    def step(model, batch):
+        return losses[-1](model, batch)
+
+    optimizer = Kept(model.parameters(), lr=0.01)
+    stepper = plan_of(12, 4).stepper(model, optimizer, training_step=step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(9):
+            stepper.step(texts(12, seed=seed))
+    losses.append(sample_mean)
+    whole = gradients_of(model, sample_mean, texts(12, seed=9))
+    with pytest.warns(UserWarning, match="over samples from the 10th step on; up to there for a mean over labels"):
+        stepper.step(texts(12, seed=9))
+    assert distance(optimizer.seen, whole) < 1e-12
+
+
+def test_a_loss_that_turns_out_to_be_no_such_mean_is_warned_of():
+    model, losses = Tagger(), [token_mean]
+
+    def power(model, batch):
+        return token_mean(model, batch) ** 2
+
+    stepper = plan_of(12, 4).stepper(
+        model, Kept(model.parameters(), lr=0.01), training_step=lambda model, batch: losses[-1](model, batch)
+    )
+    for seed in range(9):
+        stepper.step(texts(12, seed=seed))
+    losses.append(power)
+    with pytest.warns(UserWarning, match=r"a mean over labels other than -100, but in the 10th step the loss of 3"):
+        stepper.step(texts(12, seed=9))
+
+
+@pytest.mark.filterwarnings("error")
+def test_looking_again_costs_three_short_runs_in_the_tenth_step():
+    step, seen = running_out_with(99)
+    model = Tagger()
+    stepper = plan_of(12, 4).stepper(model, Kept(model.parameters(), lr=0.01), training_step=step)
+    looks = []
+    for seed in range(12):
+        stepper.step(texts(12, seed=seed))
+        looks.append(len(seen))
+    assert looks[1] == looks[8]
+    assert looks[9] == looks[8] + 3 == looks[11]
+
+
+@pytest.mark.filterwarnings("error")
+def test_masks_that_are_added_to_scores_count_nothing():
+    batch, model = texts(12), Tagger()
+    batch["mask"] = torch.zeros(12, 5).masked_fill(batch["labels"] == -100, -torch.inf)
+    optimizer = Kept(model.parameters(), lr=0.1)
+    whole = gradients_of(model, token_mean, batch)
+    plan_of(12, 4).stepper(model, optimizer, training_step=token_mean).step(batch)
+    assert distance(optimizer.seen, whole) < 1e-12

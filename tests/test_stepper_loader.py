@@ -1,0 +1,101 @@
+"""Optimizer steps over loaders that yield micro-batches."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from plans import plan_of
+from stepping import (
+    Kept,
+    Tagger,
+    distance,
+    gradients_of,
+    micro_texts,
+    padding_mean,
+    sample_mean,
+    shifted_mean,
+    token_mean,
+    token_sum,
+)
+from torch.nn import functional as F
+
+from autobatch import InvalidInput
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def test_a_loader_of_micro_batches_gives_the_same_steps():
+    (first, micros), (last, short) = micro_texts(12, 4), micro_texts(7, 4, seed=1)
+    model = Tagger()
+    twin = copy.deepcopy(model)
+    stepper = plan_of(12, 4).stepper(model, torch.optim.SGD(model.parameters(), lr=0.1), training_step=token_mean)
+    results = []
+    for i, micro in enumerate(stepper.accumulate(iter(micros + short))):
+        result = micro.backward() if i % 2 else micro.backward(token_mean(model, micro.batch))
+        results.append(result)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+    losses = []
+    for batch in (first, last):
+        plain.zero_grad()
+        loss = token_mean(twin, batch)
+        loss.backward()
+        plain.step()
+        losses.append(loss.item())
+    assert [result is not None for result in results] == [False, False, True, False, True]
+    assert [float(result) for result in results if result] == pytest.approx(losses, rel=1e-12)
+    assert distance(list(model.parameters()), list(twin.parameters())) < 1e-12
+
+
+@pytest.mark.parametrize("step", [token_mean, token_sum, shifted_mean, padding_mean], ids=lambda step: step.__name__)
+def test_single_samples_tell_together_what_the_loss_is(step):
+    whole, micros = micro_texts(9, 1)
+    model = Tagger()
+    optimizer = Kept(model.parameters(), lr=0.1)
+    expected = gradients_of(model, step, whole)
+    micros = [micro for micro in micros if torch.isfinite(step(model, micro).detach())]
+    for micro in plan_of(9, 1).stepper(model, optimizer, training_step=step).accumulate(micros):
+        micro.backward()
+    if len(micros) == 9:
+        assert distance(optimizer.seen, expected) < 1e-12
+
+
+def test_means_over_samples_are_not_weighed_by_padding():
+    """Micro-batches are padded to lengths of their own."""
+    model = Tagger()
+    micros = [{"tokens": torch.randint(11, (3, length)), "classes": torch.randint(7, (3,))} for length in (3, 11, 5)]
+
+    def step(model, batch):
+        return F.cross_entropy(model(batch["tokens"])[:, -1], batch["classes"])
+
+    optimizer = Kept(model.parameters(), lr=0.1)
+    model.zero_grad()
+    (sum(step(model, micro) for micro in micros) / 3).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one batch of a single length does not tell
+        for micro in plan_of(9, 3).stepper(model, optimizer, training_step=step).accumulate(micros):
+            micro.backward()
+    assert distance(optimizer.seen, expected) < 1e-12
+
+
+def test_micro_batches_that_do_not_add_up_and_forgotten_backward_passes_are_errors():
+    _, micros = micro_texts(15, 5)
+    model = Tagger()
+    stepper = plan_of(12, 5).stepper(model, Kept(model.parameters()), training_step=sample_mean)
+    with pytest.raises(InvalidInput, match=r"do not add up to the 12 .* 10 are there, and 5 come next"):
+        list(stepper.accumulate(micros))
+    _, micros = micro_texts(12, 4)
+    with pytest.raises(InvalidInput, match="call backward"):
+        list(stepper.accumulate(micros))
+
+
+def test_an_optimizer_step_that_the_caller_breaks_off_leaves_no_gradients():
+    _, micros = micro_texts(12, 4)
+    model = Tagger()
+    stepper = plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=sample_mean, reduction="mean")
+    passes = stepper.accumulate(micros)
+    next(passes).backward()
+    assert model.scores.weight.grad is not None
+    passes.close()
+    assert all(p.grad is None for p in model.parameters())
