@@ -251,3 +251,26 @@ def test_low_rank_adapters_have_gradients_and_state_and_the_frozen_weights_have_
         kept = [i for i, s in enumerate(trace.sites) if s.category is Category.SAVED and s.module.endswith("base")]
         assert not kept
     """)
+
+
+def test_products_of_groups_are_traced_in_any_type():
+    in_its_own_process("""
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(4, 32, 64))
+            def forward(self, x):
+                ends = torch.arange(1, 5, dtype=torch.int32, device=x.device) * (len(x) // 4)
+                return torch._grouped_mm(x, self.weight, ends)
+
+        data = lambda n: (torch.ones(n, 32), torch.ones(n))
+        for trace in (
+            traced(Experts(), 16, 16, loss=lambda out, target: out.square().sum(), data=data),
+            traced(Experts().bfloat16(), 16, 16, loss=lambda out, target: out.square().sum(),
+                   data=lambda n: (torch.ones(n, 32, dtype=torch.bfloat16), torch.ones(n))),
+        ):
+            size = trace.sizes[0] // (4 * 32 * 64)
+            made = [(i, s) for i, s in enumerate(trace.sites) if s.operator == "aten._grouped_mm.default"]
+            assert {trace.sizes[i] for i, s in made if s.phase is Phase.FORWARD} == {16 * 64 * size}
+            assert {trace.sizes[i] for i, s in made if s.phase is Phase.BACKWARD} == {4 * 32 * 64 * size}
+    """)

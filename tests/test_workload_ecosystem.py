@@ -36,6 +36,10 @@ HUGGING_FACE = {
     "BertModel": ("bert", {**TEXT, "max_position_embeddings": 48}),
     "RobertaForMaskedLM": ("roberta", {**TEXT, "max_position_embeddings": 50, "pad_token_id": 1}),
     "LlamaForCausalLM": ("llama", {**TEXT, **SHORT, "max_position_embeddings": 64}),
+    "MixtralForCausalLM": (
+        "mixtral",
+        {**TEXT, **SHORT, "max_position_embeddings": 64, "num_key_value_heads": 2, "num_local_experts": 4},
+    ),
     "T5ForConditionalGeneration": ("t5", {**SHORT, **T5}),
     "T5Model": ("t5", {**SHORT, **T5}),
     "BartForSequenceClassification": (

@@ -20,6 +20,7 @@ from torch._subclasses import fake_tensor
 from torch.overrides import TorchFunctionMode
 
 from autobatch.batches import map_arrays
+from autobatch.workload.grouped import GroupedMatmul
 
 _BEYOND_FAKES = (
     fake_tensor.DataDependentOutputException,
@@ -72,7 +73,7 @@ class Prover:
                 shadow = Shadows(self._fake).of(self.model)
                 if shadow.training != training:
                     shadow.train(training)
-                with self._mode, _OneTimeStep():
+                with self._mode, GroupedMatmul(), _OneTimeStep():
                     fakes = [map_arrays(self._fake_input, batch) for batch in batches]
                     return Proof(code(shadow, *fakes))
         except _BEYOND_FAKES as error:
