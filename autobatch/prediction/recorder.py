@@ -28,6 +28,7 @@ from autobatch.prediction.stand_in import NAME
 from autobatch.prediction.trace import ACCUMULATION, Category, HiddenCall, Phase, Site, Trace
 from autobatch.prediction.values import DEPENDS_ON_VALUES, Values
 from autobatch.workload import runner
+from autobatch.workload.grouped import GROUPED_MM, grouped_mm
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _BELOW_THE_USERS = (runner.__file__, str(Path(__file__).with_name("tracer.py")))
@@ -85,7 +86,7 @@ class Recorder(TorchDispatchMode):
                 return pack(args[0], lengths, *args[2:])
         real = None
         try:
-            result = func(*args, **kwargs)
+            result = (grouped_mm if func is GROUPED_MM else func)(*args, **kwargs)
             if self._values is not None and self._values.worth_computing(result):
                 real = self._values.run(func, args, kwargs)
         except DEPENDS_ON_VALUES:

@@ -23,7 +23,6 @@ from autobatch.prediction.recorder import Recorder
 from autobatch.prediction.stand_in import DEVICE, Fakes, Spelled, spoken_as_cuda
 from autobatch.prediction.trace import Category, Phase
 from autobatch.prediction.values import Known, Values
-from autobatch.workload.grouped import GroupedMatmul
 from autobatch.workload.proof import Shadows, uncompiled
 from autobatch.workload.runner import StepRunner, make_optimizer
 from autobatch.workload.step import TrainingStep
@@ -75,7 +74,6 @@ def trace_steps(
             spoken_as_cuda(),
             Spelled(),
             mode,
-            GroupedMatmul(),
             recorder,
             recorder.following_modules(),
         ):
