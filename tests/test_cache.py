@@ -1,6 +1,9 @@
 """Traces kept for the next time."""
 
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -103,3 +106,50 @@ def test_the_least_used_goes_first(own, monkeypatch):
             assert cache.load("a") is not None
     assert cache.load("b") is None
     assert cache.load("a") is not None and cache.load("c") is not None
+
+
+IN_A_NEW_PROCESS = """
+import sys
+from torch import nn
+from autobatch.prediction import tracing
+from autobatch.workload import Workload, resolve
+from torch.library import custom_op
+
+class Own(nn.Linear):
+    pass
+
+def make(parameters):
+    from late import make  # not imported when the step was described
+    return make(parameters)
+
+tracing.claim_this_process()
+traced_here = []
+trace_here = tracing.tracer_of
+tracing.tracer_of = lambda *a: traced_here.append(1) or trace_here(*a)
+optimizer = make if "late" in sys.argv else None
+with tracing.traced(resolve(Workload(nn.Sequential(Own(16, 8), nn.ReLU()), optimizer=optimizer))) as steps:
+    print(len(traced_here), sum(steps.of_sizes((7, 7)).sizes))
+"""
+
+
+def traced_in_a_new_process(folder, *arguments, seed):
+    environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.split()]
+
+
+def test_another_process_finds_the_trace_whatever_its_hash_seed(own, tmp_path):
+    first, second = (traced_in_a_new_process(tmp_path, seed=seed) for seed in (1, 2))
+    assert (first[0], second[0]) == (1, 0)
+    assert first[1] == second[1]
+
+
+def test_code_that_is_imported_only_while_it_is_traced_is_never_out_of_date(own, tmp_path):
+    late = tmp_path / "late.py"
+    late.write_text("import torch\ndef make(p): return torch.optim.SGD(p, 0.1)\n")
+    sgd = traced_in_a_new_process(tmp_path, "late", seed=1)
+    late.write_text("import torch\ndef make(p): return torch.optim.AdamW(p, 0.1)\n")
+    adam = traced_in_a_new_process(tmp_path, "late", seed=1)
+    assert adam[1] > sgd[1]

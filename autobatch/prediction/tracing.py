@@ -6,6 +6,7 @@ import pickle
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from autobatch import cache
 from autobatch.child import Child, die_with, pipe_from
 from autobatch.errors import AutobatchError, NotTraceable, WorkloadNotPortable
 from autobatch.prediction.affine import FEW_SAMPLES, STEPS, Run
-from autobatch.prediction.fingerprint import fingerprint
+from autobatch.prediction.fingerprint import fingerprint, users_code
 from autobatch.prediction.obstacles import explained
 from autobatch.prediction.traced import Steps, TracedStep
 from autobatch.prediction.values import Known
@@ -59,6 +60,7 @@ def traced(step: TrainingStep, capability: tuple[int, int] = (8, 0)) -> Iterator
     _refuse_sparse_gradients(step)
     weights = _weights(step)
     key = fingerprint(step, capability, weights, _switches())
+    in_the_key = users_code()
     known = _known(key)
     left_out = ship.hooks_left_behind(step.model)
     if known is not None:
@@ -68,21 +70,22 @@ def traced(step: TrainingStep, capability: tuple[int, int] = (8, 0)) -> Iterator
     with ExitStack() as stack:
         enough = step.max_samples is None or step.max_samples >= max(max(sizes) for sizes in STEPS)
         few_or_more = STEPS if enough else FEW_SAMPLES
-        run = stack.enter_context(_tracing(step, capability, weights))
+        tracer = stack.enter_context(_tracing(step, capability, weights))
         try:
-            steps = TracedStep(partial(run, Known.NOTHING), few_or_more)
+            steps = TracedStep(partial(tracer.run, Known.NOTHING), few_or_more)
         except NotTraceable as error:
             if not error.needs_values:
                 raise
             try:
-                steps = _with_lengths(error, TracedStep(partial(run, Known.LENGTHS), few_or_more))
+                steps = _with_lengths(error, TracedStep(partial(tracer.run, Known.LENGTHS), few_or_more))
             except NotTraceable as other:
                 if not other.needs_values:
                     raise
                 stack.close()
-                run = stack.enter_context(_tracing(step, capability, ()))
-                steps = _with_values(error, TracedStep(partial(run, Known.ALL), FEW_SAMPLES))
-        if steps.even is not None and not steps.caveat:
+                tracer = stack.enter_context(_tracing(step, capability, ()))
+                steps = _with_values(error, TracedStep(partial(tracer.run, Known.ALL), FEW_SAMPLES))
+        # What was imported only while it was traced is not in the key.
+        if steps.even is not None and not steps.caveat and tracer.users_code() <= in_the_key:
             cache.save(key, pickle.dumps(steps.even, protocol=pickle.HIGHEST_PROTOCOL))
         steps.left_out = left_out
         yield steps
@@ -137,28 +140,35 @@ def _place(error: NotTraceable) -> str:
 
 
 @contextmanager
-def _tracing(
-    step: TrainingStep, capability: tuple[int, int], without: Collection[int]
-) -> Iterator[Callable[[Known, Steps], Run]]:
+def _tracing(step: TrainingStep, capability: tuple[int, int], without: Collection[int]) -> Iterator[_Tracer]:
     """What traces, for as long as the context is open; it knows no values of the storages in `without`."""
     if _this_process_is_ours:
-        yield tracer_of(step, capability)
+        yield _Tracer(tracer_of(step, capability), users_code)
         return
     child = Child(__name__)
     try:
         with _its_death_explained(child):
             pickle.dump((_switches(), capability), child.writer)
             ship.dump(step, child.writer, without)
-        yield partial(_ask, child)
+        yield _Tracer(lambda known, steps: _ask(child, (known, steps)), lambda: _ask(child, None))
     finally:
         child.close()
 
 
-def _ask(child: Child, known: Known, steps: Steps) -> Run:
+@dataclass(frozen=True)
+class _Tracer:
+    """What traces steps, here or in a process beside this one."""
+
+    run: Callable[[Known, Steps], Run]
+    users_code: Callable[[], set[str]]
+    """The user's modules that are imported there."""
+
+
+def _ask(child: Child, question: tuple[Known, Steps] | None) -> Any:
     with _its_death_explained(child):
-        pickle.dump((known, steps), child.writer)
+        pickle.dump(question, child.writer)
         child.writer.flush()
-        answer: Run | AutobatchError = pickle.load(child.reader)
+        answer = pickle.load(child.reader)
     if isinstance(answer, AutobatchError):
         raise answer
     return answer
@@ -191,7 +201,11 @@ def main(descriptor: int, parent: int) -> None:
         run = partial(_refuse, WorkloadNotPortable(f"{_NOT_LOADED}\n{traceback.format_exc()}"))
     with suppress(EOFError):
         while True:
-            question: tuple[Known, Steps] = pickle.load(reader)
+            question: tuple[Known, Steps] | None = pickle.load(reader)
+            if question is None:
+                pickle.dump(users_code(), writer)
+                writer.flush()
+                continue
             try:
                 answer: Run | AutobatchError = run(*question)
             except AutobatchError as error:

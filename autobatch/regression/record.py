@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-import autobatch
 from autobatch.estimates import Estimate, Origin, PhasePeak
 
 SMALL = 10_000
 """What makes less than one part in so many of the peak is remembered as one."""
 THE_REST = "small ones"
+_KEY = re.compile(r"(?P<module>.*?) \| (?P<operator>.*) \| (?P<phase>[a-z]+)(?P<earlier> \| earlier step)?")
+_PACKAGES = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}
 ALWAYS = "always"
 """Stands for all phases, where they are alike."""
 
@@ -71,6 +73,13 @@ class Record(_Data):
     """`file:line` of the user's code for each of `origins`, now; not kept."""
     warnings: tuple[str, ...] = Field(default=(), exclude=True)
 
+    @field_validator("origins")
+    @classmethod
+    def _named_by_their_parts(cls, origins: dict[str, Made]) -> dict[str, Made]:
+        for key in origins:
+            parts_of(key)
+        return origins
+
     @property
     def peak_phase(self) -> str:
         """The phase with most; "" where that is not known."""
@@ -87,7 +96,7 @@ def record_of(estimate: Estimate, settings: Settings) -> Record:
     return Record(
         settings=settings,
         evidence=estimate.evidence,
-        versions=versions(),
+        versions=_versions(estimate.versions, settings.spec),
         peak_bytes=estimate.peak,
         device_total_bytes=estimate.device_total.likely,
         growth_bytes=estimate.growth_bytes,
@@ -102,8 +111,10 @@ def parts_of(key: str) -> tuple[str, str, str, bool]:
     """Module, operator, phase and whether an earlier step left it, of a key of `Record.origins`."""
     if key == THE_REST:
         return "", THE_REST, "", False
-    module, operator, phase, *earlier = key.split(" | ")
-    return module, operator, phase, bool(earlier)
+    found = _KEY.fullmatch(key)
+    if found is None:
+        raise ValueError(f"{key!r} does not name module, operator and phase")
+    return found["module"], found["operator"], found["phase"], found["earlier"] is not None
 
 
 def _key(origin: Origin) -> str:
@@ -139,7 +150,9 @@ def _without_nothing(alive: dict[str, tuple[int, int]]) -> dict[str, tuple[int, 
     return {phase: held for phase, held in alive.items() if held[0]}
 
 
-def versions() -> dict[str, str]:
+def _versions(found: dict[str, str], spec: str) -> dict[str, str]:
     """Those that the numbers depend on, without their builds: of one version, all give the same."""
-    found = {"autobatch": autobatch.__version__, "torch": importlib.metadata.version("torch")}
-    return {name: version.partition("+")[0] for name, version in found.items()}
+    told = {name: version for name, version in found.items() if name in ("autobatch", "torch")}
+    if package := _PACKAGES.get(spec.partition(":")[0]):
+        told[package] = importlib.metadata.version(package)
+    return {name: version.partition("+")[0] for name, version in told.items()}

@@ -38,6 +38,7 @@ class Outcome:
     why: tuple[Change, ...] = ()
     """What changed, where the peak is not the same."""
     warnings: tuple[str, ...] = ()
+    """What makes the comparison less than fair."""
     problem: str = ""
     """Why it failed, in one line."""
     details: str = ""
@@ -71,6 +72,8 @@ def judged(
         allowed = tolerance.allowed(then.peak_bytes)
         difference = now.peak_bytes - then.peak_bytes
         verdict = Verdict.WORSE if difference > allowed else Verdict.BETTER if difference < -allowed else Verdict.SAME
+        if now.growth_bytes > then.growth_bytes:  # however little: after enough steps it is more than any tolerance
+            verdict = Verdict.WORSE
     if limit is not None and now.device_total_bytes > limit:
         verdict = Verdict.OVER_LIMIT
     return Outcome(
@@ -81,7 +84,7 @@ def judged(
         tolerance,
         limit,
         why=tuple(changes(then, now)) if then else (),
-        warnings=(*now.warnings, *(_differences(then, now) if then else ())),
+        warnings=tuple(_differences(then, now)) if then else (),
         exit_code=_exit_code(verdict, limit),
     )
 
@@ -91,8 +94,7 @@ def updated(outcome: Outcome) -> Outcome:
     if outcome.verdict in (Verdict.FAILED, Verdict.OVER_LIMIT):
         return outcome
     verdict = Verdict.SAME if outcome.change == 0 else Verdict.UPDATED
-    warnings = outcome.now.warnings if outcome.now else ()
-    return replace(outcome, verdict=verdict, warnings=warnings, exit_code=0)
+    return replace(outcome, verdict=verdict, warnings=(), exit_code=0)
 
 
 def _exit_code(verdict: Verdict, limit: int | None) -> int:
@@ -115,8 +117,7 @@ def _differences(then: Record, now: Record) -> list[str]:
         for name in after
         if before.get(name) != after[name]
     ]
-    hint = "the comparison is not of like with like; make the baseline anew with --update"
-    return [f"{'; '.join(told)}: {hint}."] if told else []
+    return [f"{'; '.join(told)}: what is compared is not alike but for the code."] if told else []
 
 
 def _said(value: object) -> str:

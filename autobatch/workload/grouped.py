@@ -1,7 +1,7 @@
 """Matrix products of groups (experts) on fake tensors of any type.
 
-torch's fake implementation of `aten._grouped_mm` takes bfloat16 alone, as its fast kernel does. For other types the real
-one multiplies group by group into one result, of the same shape and strides.
+torch's fake implementation of `aten._grouped_mm` takes bfloat16 alone, as its fast kernel does. For other types the
+real one multiplies group by group into one result, of the same shape and strides.
 """
 
 from __future__ import annotations

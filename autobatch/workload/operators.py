@@ -15,7 +15,7 @@ from torch._library.custom_ops import OPDEFS, CustomOpDef
 def schemas() -> dict[str, list[str]]:
     """Names and schemas of all operators defined here, beside torch's own."""
     defined = {name.partition(".")[0] for name in getattr(library, "_defs", ())}  # not a public name
-    names = [name for name in defined if name.partition("::")[0] not in ("aten", "prims")]
+    names = [name for name in sorted(defined) if name.partition("::")[0] not in ("aten", "prims")]
     return {name: [str(schema) for schema in torch._C._jit_get_schemas_for_operator(name)] for name in names}
 
 
