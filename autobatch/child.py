@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -33,6 +34,16 @@ class Child:
         self._status: int | None = None
         self.reader: BinaryIO = ours.makefile("rb")
         self.writer: BinaryIO = ours.makefile("wb")
+
+    def wait_for_an_answer(self) -> None:
+        """Wait until there is something to read, also that the child has ended: what it started may keep the pipe open.
+
+        Raises:
+            EOFError: it has ended without a word.
+        """
+        while not select.select([self._socket], [], [], 1)[0]:
+            if self._process.poll() is not None and not select.select([self._socket], [], [], 0)[0]:
+                raise EOFError
 
     def close(self, failed: bool = False) -> int:
         """End the child, and what it has started. Returns its status, negative for a signal.

@@ -5,7 +5,7 @@ pytest imports this in every project where autobatch is installed, so nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from autobatch.estimates import Estimate
     from autobatch.precision import Precision
+    from autobatch.regression.baseline import Baseline
     from autobatch.regression.record import Record
 
 MARKER = "limit_step_memory"
@@ -21,8 +22,15 @@ FILE = ".autobatch/pytest.json"
 _PROPERTY = "autobatch"
 """Under which a test's report carries what the summary should say."""
 _FROM_WORKERS = "autobatch_records"
+_UPDATE = "pytest --autobatch-update"
 _records = pytest.StashKey[dict[str, str]]()
 """What is to be the baseline, as JSON, by the name of the check."""
+_read = pytest.StashKey["Baseline"]()
+"""The baseline as it was when it was first needed."""
+_asked = pytest.StashKey[bool]()
+"""Whether a test asked `step_memory`."""
+_seen = pytest.StashKey[dict[str, str]]()
+"""What a test's checks found, as JSON, by their names."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
         'such as "12 GiB", context included',
     )
     config.stash[_records] = {}
+    if (tolerance := config.getoption("--autobatch-tolerance")) != "2%":
+        from autobatch.errors import InvalidInput
+        from autobatch.regression.tolerance import Tolerance
+
+        try:
+            Tolerance.parse(tolerance)
+        except InvalidInput as error:
+            raise pytest.UsageError(f"--autobatch-tolerance: {error}") from error
 
 
 class StepMemory:
@@ -55,7 +71,6 @@ class StepMemory:
         self._config = request.config
         self._node: pytest.Item = request.node
         self._checks = 0
-        self.calls = 0
 
     def __call__(
         self,
@@ -90,7 +105,7 @@ class StepMemory:
         from autobatch.regression.measuring import step_on
         from autobatch.workload.workload import as_workload
 
-        self.calls += 1
+        self._node.stash[_asked] = True
         limit, marked = _limit_of(self._node)
         device = device or marked
         if device is None:
@@ -114,29 +129,31 @@ class StepMemory:
 
         Raises: as calling it.
         """
+        from autobatch.errors import InvalidInput
         from autobatch.regression.tolerance import Tolerance
 
         self._checks += 1
         numbered = f"{self._node.nodeid} #{self._checks}" if self._checks > 1 else self._node.nodeid
         name = f"{self._node.nodeid} {name}" if name else numbered
+        if name in self._node.stash.setdefault(_seen, {}):
+            raise InvalidInput(f"two checks are called {name!r}. Give each a name= of its own.")
         allowed = Tolerance.parse(self._config.getoption("--autobatch-tolerance") if tolerance is None else tolerance)
         estimate = self(model, batch_size, **arguments)
         self._compare(name, _record(estimate, name, arguments.get("device") or _limit_of(self._node)[1] or ""), allowed)
         return estimate
 
     def _compare(self, name: str, now: Record, tolerance: Any) -> None:
-        from autobatch.regression.baseline import Baseline
         from autobatch.regression.verdict import Verdict, judged
 
-        baseline = Baseline.read(_file(self._config))
-        outcome = judged(name, now, baseline.records.get(name), tolerance)
+        self._node.stash[_seen][name] = now.model_dump_json(exclude_defaults=True)
         if self._config.getoption("--autobatch-update"):
-            self._config.stash[_records][name] = now.model_dump_json(exclude_defaults=True)
             return
+        baseline = _baseline(self._config)
+        outcome = judged(name, now, baseline.records.get(name), tolerance)
         told = self._in_words(outcome)
         if outcome.verdict is Verdict.NOT_COMPARED:
             why = baseline.problem or f"{name} is not in the baseline {_file(self._config)}."
-            pytest.fail(f"{why} Write it with: pytest --autobatch-update", pytrace=False)
+            pytest.fail(f"{why} Write it with: {_UPDATE}", pytrace=False)
         if outcome.verdict is Verdict.WORSE:
             pytest.fail(told, pytrace=False)
         if outcome.verdict is Verdict.BETTER or outcome.warnings:
@@ -152,28 +169,27 @@ class StepMemory:
     def _in_words(self, outcome: Any) -> str:
         from autobatch.report.check import text_lines
 
-        return "\n".join(text_lines(outcome, self._config.rootpath)).replace(
-            "autobatch check --update", "pytest --autobatch-update"
-        )
+        return "\n".join(text_lines(outcome, self._config.rootpath, _UPDATE))
 
 
 @pytest.fixture
-def step_memory(request: pytest.FixtureRequest) -> Iterator[StepMemory]:
+def step_memory(request: pytest.FixtureRequest) -> StepMemory:
     """What a training step takes on a GPU that need not be there: step_memory(model, batch_size=32,
     device="rtx-4090")."""
-    memory = StepMemory(request)
-    yield memory
-    if request.node.get_closest_marker(MARKER) and not memory.calls:
-        pytest.fail(f"the test is marked with {MARKER}, but never asks step_memory: nothing was checked", pytrace=False)
+    return StepMemory(request)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker(MARKER) is None:
-        return
-    if "step_memory" not in getattr(item, "fixturenames", ()):
-        pytest.fail(f"a test with the marker {MARKER} needs the fixture step_memory, and has to ask it", pytrace=False)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that passes has checked something, if it is marked to; and what its checks found may be remembered."""
     _limit_of(item)
+    result = yield
+    if item.get_closest_marker(MARKER) and not item.stash.get(_asked, False):
+        pytest.fail(f"the test is marked with {MARKER}, but never asks step_memory: nothing was checked", pytrace=False)
+    if item.config.getoption("--autobatch-update"):
+        found = item.stash.get(_seen, None)
+        item.config.stash[_records].update(found or {})
+    return result
 
 
 def _limit_of(item: pytest.Item) -> tuple[int | None, str | None]:
@@ -191,9 +207,7 @@ def _limit_of(item: pytest.Item) -> tuple[int | None, str | None]:
         limit, device = arguments(*marker.args, **marker.kwargs)
         return parse_bytes(limit), device
     except (TypeError, InvalidInput) as error:
-        raise pytest.UsageError(
-            f'{item.nodeid}: @pytest.mark.{MARKER}("12 GiB", device="rtx-4090"): {error}'
-        ) from error
+        pytest.fail(f'write @pytest.mark.{MARKER}("12 GiB", device="rtx-4090"): {error}', pytrace=False)
 
 
 def _record(estimate: Estimate, name: str, device: str) -> Record:
@@ -213,6 +227,14 @@ def _file(config: pytest.Config) -> Path:
     return config.rootpath / str(config.getoption("--autobatch-baseline"))
 
 
+def _baseline(config: pytest.Config) -> Baseline:
+    if _read not in config.stash:
+        from autobatch.regression.baseline import Baseline
+
+        config.stash[_read] = Baseline.read(_file(config))
+    return config.stash[_read]
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand records to the process that started this worker; or write them, where there is none."""
     records = session.config.stash[_records]
@@ -221,15 +243,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[_FROM_WORKERS] = records
         return
-    from dataclasses import replace
-
+    from autobatch.errors import InvalidInput
     from autobatch.regression.baseline import Baseline
     from autobatch.regression.record import Record
 
-    path = _file(session.config)
-    baseline = Baseline.read(path)
     new = {name: Record.model_validate_json(text) for name, text in records.items()}
-    replace(baseline, records=baseline.records | new).write(path)
+    try:
+        Baseline.update(_file(session.config), new)
+    except InvalidInput as error:
+        records.clear()
+        pytest.exit(f"autobatch: {error}", returncode=int(pytest.ExitCode.USAGE_ERROR))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,8 +27,6 @@ class Options:
     tied: bool = True
     copy_inputs: bool = False
     hidden: int = 4 * WIDTH
-    positions: int = LENGTH
-    """Rows of the table of positions."""
     refactored: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -114,7 +113,7 @@ class Decoder(nn.Module):
     def __init__(self, options: Options) -> None:
         super().__init__()
         self.options = options
-        self.words, self.positions = nn.Embedding(WORDS, WIDTH), nn.Embedding(options.positions, WIDTH)
+        self.words, self.positions = nn.Embedding(WORDS, WIDTH), nn.Embedding(LENGTH, WIDTH)
         blocks = [Block(options) for _ in range(3)]
         self.blocks = nn.Sequential(*blocks) if "a sequence" in options.refactored else nn.ModuleList(blocks)
         self.head = nn.Linear(WIDTH, WORDS, bias=False)
@@ -169,15 +168,13 @@ def plain_step(model: nn.Module, batch: Any) -> torch.Tensor:
     return cross_entropy(model(batch[0]), batch[1])
 
 
-def step_with_two_losses(model: nn.Module, batch: Any) -> torch.Tensor:
-    logits = model(batch[0])
-    return cross_entropy(logits, batch[1]) + 1e-4 * logits.mean()
+def step_with_a_pass_before(retain_graph: bool) -> Callable[..., torch.Tensor]:
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        before = cross_entropy(model(batch[0][: len(batch[0]) // 2]), batch[1][: len(batch[0]) // 2])
+        before.backward(retain_graph=retain_graph)
+        return plain_step(model, batch) + 0 * before.detach()
 
-
-def step_with_two_backward_passes(model: nn.Module, batch: Any) -> torch.Tensor:
-    logits = model(batch[0])
-    (1e-4 * logits.mean()).backward(retain_graph=True)
-    return cross_entropy(logits, batch[1])
+    return step
 
 
 def step_that_logs(keep: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -220,6 +217,20 @@ def detector(inplace: bool) -> Workload:
     return Workload(Detector(inplace), images, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.AdamW)
 
 
+def stack(*more: nn.Module) -> Workload:
+    """Numbered layers, of which those after the third have other numbers where there are more."""
+    widths = [3, 32, 32, 32, 32]
+    layers: list[nn.Module] = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)]
+    layers[3:3] = more
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    return Workload(
+        model,
+        lambda n: (torch.randn(n, 3, 32, 32), torch.randint(4, (n,))),
+        nn.CrossEntropyLoss(),
+        optimizer=torch.optim.AdamW,
+    )
+
+
 @dataclass(frozen=True)
 class Planted:
     """A change of a model, and what a check has to say about it."""
@@ -257,11 +268,11 @@ REGRESSIONS = {
         BASE, _decoder(mask_per_head=True), "blocks.*.attention", "more of them", "hidden.expand_as(scores)"
     ),
     "retain_graph": Planted(
-        _decoder(step=step_with_two_losses, positions=40_000),
-        _decoder(step=step_with_two_backward_passes, positions=40_000),
-        "positions",
-        "new",
-        "self.positions(",
+        _decoder(step=step_with_a_pass_before(retain_graph=False)),
+        _decoder(step=step_with_a_pass_before(retain_graph=True)),
+        "blocks.*.attention",
+        "lives longer",
+        "aten._softmax(",
     ),
     "logits upcast for the loss": Planted(BASE, _decoder(logits_in_fp32=True), "", "larger", "F.cross_entropy("),
     "a loss kept with its graph": Planted(
@@ -281,6 +292,14 @@ REGRESSIONS = {
     "a head that is no longer tied": Planted(BASE, _decoder(tied=False), "head", "new", ""),
     "a ReLU no longer in place": Planted(lambda: detector(True), lambda: detector(False), "backbone.*", "new", ""),
     "a detached copy of the inputs": Planted(BASE, _decoder(copy_inputs=True), "", "new", "detach().clone()"),
+    "a mask for each head in a module of another name": Planted(
+        BASE,
+        _decoder(mask_per_head=True, refactored=frozenset({"another name"})),
+        "blocks.*.self_attention",
+        "new",
+        "hidden.expand_as(scores)",
+    ),
+    "an activation among numbered layers": Planted(lambda: stack(), lambda: stack(nn.GELU()), "3", "new", ""),
     "a wider hidden layer": Planted(BASE, _decoder(hidden=6 * WIDTH), "blocks.*.mlp", "larger", ""),
 }
 
@@ -304,8 +323,8 @@ REFACTORINGS = {
     "the optimizer by a function": Planted(
         BASE, _decoder(optimizer=lambda parameters: torch.optim.AdamW(list(parameters), lr=1e-4))
     ),
-    "all of them": Planted(
-        _decoder(),
+    "several at once": Planted(
+        BASE,
         _decoder(refactored=frozenset({"another name", "a helper method", "split for chunk", "torch.add"})),
     ),
 }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,8 @@ from typer.testing import CliRunner, Result
 from autobatch.cli import app
 from autobatch.errors import InvalidInput
 from autobatch.regression import cases
+from autobatch.regression.baseline import Baseline
+from autobatch.regression.record import Record, Settings
 from autobatch.regression.tolerance import Tolerance
 
 TRAIN = """
@@ -60,6 +63,11 @@ class Deep(nn.Module):
 
     def set_grad_checkpointing(self, enable=True):
         self.recompute = enable
+
+def dies():
+    import os, signal, subprocess
+    subprocess.Popen(["sleep", "100"], close_fds=False)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def slow():
     import time
@@ -170,11 +178,19 @@ def test_another_torch_and_another_device_are_compared_with_a_warning(project: P
     [
         ('{"schema_version": 99, "cases": {}}', "schema version 99, but this autobatch reads version 1"),
         ('{"cases"', "is damaged"),
-        ('{"schema_version": 1, "cases": {"net": {"peak_bytes": -1}}}', "is damaged at settings"),
+        ('{"schema_version": 1, "cases": {"net": {"peak_bytes": -1}}}', "is damaged at net.settings"),
         ("[]", "names no schema_version"),
+        ("[" * 100_000, "is damaged"),
+        (
+            '{"schema_version": 1, "cases": {"net": {"settings": {"spec": "a", "batch_size": 1, "precision": "fp32", '
+            '"device": "t4"}, "peak_bytes": 1, "device_total_bytes": 1, "origins": {"nothing": {"category": "x"}}}}}',
+            "is damaged at net.origins",
+        ),
     ],
 )
-def test_a_baseline_that_cannot_be_used_is_told_and_the_cases_run(project: Path, content: str, told: str) -> None:
+def test_a_baseline_that_cannot_be_used_is_told_left_alone_and_the_cases_run(
+    project: Path, content: str, told: str
+) -> None:
     (project / ".autobatch").mkdir()
     (project / ".autobatch/baseline.json").write_text(content)
     configure(project, CASE % ', limit = "12GiB"')
@@ -182,6 +198,8 @@ def test_a_baseline_that_cannot_be_used_is_told_and_the_cases_run(project: Path,
 
     assert result.exit_code == 2
     assert told in shown(result)["problems"][0]
+    assert check("--update").exit_code == 2
+    assert (project / ".autobatch/baseline.json").read_text() == content
     assert shown(result)["cases"][0]["peak_bytes"] > 1 << 20
 
 
@@ -251,6 +269,76 @@ def test_an_edit_of_other_lines_leaves_the_baseline_as_it_is(project: Path) -> N
     assert max(map(len, before.splitlines())) < 400
 
 
+def test_updates_at_the_same_time_lose_nothing(project: Path) -> None:
+    names = [f"net{number}" for number in range(6)]
+    record = Record(
+        settings=Settings(spec="a", batch_size=1, precision="fp32", device="t4"), peak_bytes=1, device_total_bytes=1
+    )
+    path = project / ".autobatch/baseline.json"
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda name: Baseline.update(path, {name: record}), names))
+
+    assert sorted(Baseline.read(path).records) == names
+
+
+def test_nothing_is_written_where_nothing_ran(project: Path) -> None:
+    edit(project / "train.py", "def make():", "def make():\n    raise ValueError('\x1b[31mbad')")
+    result = check("--update")
+
+    assert result.exit_code == 3
+    assert "Nothing was written" in result.stderr
+    assert not (project / ".autobatch").exists()
+    ET.fromstring(check("--format", "junit").stdout)
+
+
+def test_a_step_that_leaves_more_behind_is_worse_whatever_the_tolerance(project: Path) -> None:
+    check("--update")
+    edit(
+        project / "train.py",
+        "return self.last(self.first(x).relu())",
+        "KEPT.append(y := self.first(x).relu()); return self.last(y)",
+    )
+    edit(project / "train.py", "WIDTH = 256", "WIDTH = 256; KEPT = []")
+    configure(project, CASE % ', tolerance = "50GiB"')
+    result = check()
+
+    assert result.exit_code == 1
+    assert "each step leaves 4.0 MiB behind, so that memory grows with every step" in result.stdout
+    assert "aten.relu.default" in result.stdout
+
+
+def test_a_case_whose_process_leaves_another_behind_does_not_hang(project: Path) -> None:
+    configure(project, '{ name = "dies", spec = "train.py:dies", batch_size = 1, device = "t4" }', CASE % "")
+    start = time.monotonic()
+    result = check("--json")
+
+    assert time.monotonic() - start < 60
+    found = {case["name"]: case for case in shown(result)["cases"]}
+    assert "the process that ran it died (status -9)" in found["dies"]["problem"]
+    assert found["net"]["peak_bytes"]
+
+
+def test_an_over_limit_case_says_what_is_there_in_every_format(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(project))
+    configure(project, CASE % ', limit = "200MiB"')
+    assert "what is there at the peak" in check("--format", "markdown").stdout
+    lines = check("--format", "github").stdout.splitlines()
+    (command,) = [line for line in lines if line.startswith("::") and "net" in line]
+    assert "file=train.py,line=14" in command
+
+
+def test_a_project_behind_a_symlink_has_its_lines_annotated(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    link = tmp_path_factory.mktemp("links") / "project"
+    link.symlink_to(project)
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(link))
+    configure(project, CASE % ', limit = "200MiB"')
+    result = check("--config", str(link / "pyproject.toml"), "--format", "github")
+
+    assert "::error file=train.py,line=14" in result.stdout
+
+
 def test_github_gets_annotations_and_a_summary(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check("--update")
     edit(project / "train.py", "self.first(x).relu()", "self.first(x).double().relu().float()")
@@ -309,6 +397,7 @@ def test_a_table_that_cannot_be_read_is_an_error(tmp_path: Path, table: str, tol
         (CASE % ", size = 3", "'size' is no key of a case"),
         (CASE % ', tolerance = "some"', "'some' is not an amount of memory"),
         (CASE % ', tolerance = ["1%", "2%"]', "two of a kind"),
+        (CASE % ', tolerance = "2,5%"', "'2' in the tolerance '2,5%' has no unit"),
         (CASE % ', limit = "-3"', "'-3' is not an amount of memory"),
         (CASE % ", precision = 16", "precision must be one of fp32, bf16, fp16"),
         (CASE % ', checkpointing = "yes"', "checkpointing must be true or false"),
@@ -325,10 +414,11 @@ def test_a_case_that_cannot_be_used_is_told_and_the_others_are_there(tmp_path: P
 
 
 def test_two_cases_of_one_name_are_told(tmp_path: Path) -> None:
-    configure(tmp_path, CASE % "", CASE % "")
+    configure(tmp_path, CASE % "", (CASE % "").replace('"net"', '" net"'))
     found = cases.read(tmp_path / "pyproject.toml")
 
-    assert "two cases with the name 'net'" in found.wrong["case 2"]
+    assert [case.name for case in found.cases] == ["net"]
+    assert "two cases with the name 'net'" in found.wrong["(number 2)"]
 
 
 def test_what_the_table_says_holds_for_cases_that_do_not(tmp_path: Path) -> None:

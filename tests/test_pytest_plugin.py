@@ -92,7 +92,7 @@ def test_too_little(step_memory):
 @pytest.mark.parametrize(
     ("test", "told"),
     [
-        ('@pytest.mark.limit_step_memory("1 GiB")\ndef test_it(): pass', "needs the fixture step_memory"),
+        ('@pytest.mark.limit_step_memory("1 GiB")\ndef test_it(): pass', "nothing was checked"),
         ('@pytest.mark.limit_step_memory("1 GiB")\ndef test_it(step_memory): pass', "nothing was checked"),
         ('@pytest.mark.limit_step_memory("much")\ndef test_it(step_memory): pass', "'much' is not an amount of memory"),
         ("@pytest.mark.limit_step_memory\ndef test_it(step_memory): pass", "missing 1 required positional argument"),
@@ -104,6 +104,62 @@ def test_a_test_that_would_check_nothing_does_not_pass(run, test: str, told: str
 
     assert result.ret != 0
     assert told in result.stdout.str() + result.stderr.str()
+
+
+def test_a_marked_test_that_is_skipped_or_fails_says_only_that(run) -> None:
+    result = run(
+        MODEL
+        + """
+@pytest.mark.limit_step_memory("12 GiB", device="rtx-4090")
+def test_skipped_inside(step_memory):
+    pytest.skip("no data")
+
+@pytest.mark.skip
+@pytest.mark.limit_step_memory("12 GiB", device="rtx-4090")
+def test_skipped():
+    pass
+
+@pytest.mark.limit_step_memory("12 GiB", device="rtx-4090")
+def test_failing(step_memory):
+    assert 1 == 2
+"""
+    )
+
+    result.assert_outcomes(skipped=2, failed=1)
+    result.stdout.no_fnmatch_line("*nothing was checked*")
+
+
+def test_what_cannot_be_right_is_an_error(run, pytester: pytest.Pytester) -> None:
+    twice = run(
+        MODEL
+        + """
+def test_twice(step_memory):
+    step_memory.check(Net(), 64, name="net", **arguments)
+    step_memory.check(Net(), 128, name="net", **arguments)
+
+def test_fails_later(step_memory):
+    step_memory.check(Net(), 64, **arguments)
+    assert False
+""",
+        "--autobatch-update",
+    )
+    twice.assert_outcomes(failed=2)
+    twice.stdout.fnmatch_lines(["*two checks are called*"])
+    assert not (pytester.path / ".autobatch").exists(), "failed tests are not remembered"
+
+    assert run(check(64), "--autobatch-tolerance=much").ret == pytest.ExitCode.USAGE_ERROR
+    nowhere = run(check(64), "--autobatch-update", "--autobatch-baseline=/proc/nowhere/x.json")
+    assert nowhere.ret == pytest.ExitCode.USAGE_ERROR
+    assert "cannot be written" in nowhere.stdout.str() + nowhere.stderr.str()
+
+
+def test_a_baseline_of_a_later_version_is_left_alone(run, pytester: pytest.Pytester) -> None:
+    file = pytester.path / ".autobatch/pytest.json"
+    file.parent.mkdir()
+    file.write_text('{"schema_version": 7, "cases": {}}')
+
+    assert run(check(64), "--autobatch-update").ret == pytest.ExitCode.USAGE_ERROR
+    assert file.read_text() == '{"schema_version": 7, "cases": {}}'
 
 
 def test_a_baseline_is_written_then_held_to_and_more_is_blamed(run, pytester: pytest.Pytester) -> None:

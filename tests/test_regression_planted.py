@@ -43,7 +43,7 @@ def test_a_regression_is_caught_and_blamed_on_the_right_module(name: str) -> Non
 
     assert found.verdict is Verdict.WORSE, told
     first = main_changes(found)[0]
-    blamed = common_path(first.modules[:1])
+    blamed = first.modules[0] if first.modules[0].isdecimal() else common_path(first.modules[:1])
     assert blamed == change.module or (change.module and blamed.startswith(f"{change.module}.")), told
     assert first.how == change.how, told
     path, _, number = first.line.rpartition(":")

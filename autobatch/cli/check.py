@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,11 +63,13 @@ def check(
     Exit codes: 0 as before, or better; 1 worse, or over a limit; 2 bad usage, or no baseline; 3 the model's own code
     failed, or cannot be traced; 130 interrupted.
     """
-    with explained(debug):
+    with explained(debug), _ending_when_told_to():
         from autobatch.regression import cases
         from autobatch.regression.baseline import Baseline
         from autobatch.regression.verdict import exit_code, updated
 
+        if as_json and form is not Format.TEXT:
+            raise InvalidInput("--json is a format of its own: leave --format out.")
         asked = cases.read(config or cases.find(Path.cwd()))
         chosen = _chosen(asked, names or [])
         baseline = Baseline.read(asked.baseline)
@@ -76,7 +78,7 @@ def check(
         if update:
             _update(asked, outcomes, baseline, whole=not names)
             outcomes = [updated(outcome) for outcome in outcomes]
-        unusable = bool(problems) and asked.baseline.exists()
+        unusable = bool(problems) and baseline.is_there
         code = exit_code([*(outcome.exit_code for outcome in outcomes), 2 if unusable else 0])
         _show(outcomes, problems, form, as_json, asked.root, code)
         if debug:
@@ -85,11 +87,25 @@ def check(
             raise typer.Exit(code)
 
 
+@contextmanager
+def _ending_when_told_to() -> Iterator[None]:
+    """SIGTERM, with which jobs are cancelled, ends the cases' processes too, as Ctrl-C does."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _chosen(asked: Config, names: Sequence[str]) -> list[str]:
     known = [*(case.name for case in asked.cases), *asked.wrong]
     if unknown := [name for name in names if name not in known]:
         raise InvalidInput(f"there is no case {unknown[0]!r}; these are: {', '.join(known)}.")
-    return list(names) or known
+    return list(dict.fromkeys(names)) or known
 
 
 def _run(asked: Config, chosen: Sequence[str], baseline: Baseline, jobs: int) -> list[Outcome]:
@@ -127,17 +143,18 @@ def _update(asked: Config, outcomes: Sequence[Outcome], baseline: Baseline, whol
     """Write the baseline anew. Cases that failed, or were not chosen, keep what they have; those that are no longer
     listed go."""
     listed = {case.name for case in asked.cases} | asked.wrong.keys()
-    kept = {name: record for name, record in baseline.records.items() if name in listed or not whole}
-    gone = sorted(baseline.records.keys() - kept.keys())
-    replace(baseline, records=kept | {o.name: o.now for o in outcomes if o.now}).write(asked.baseline)
+    gone = sorted(baseline.records.keys() - listed) if whole else []
+    new = {outcome.name: outcome.now for outcome in outcomes if outcome.now}
+    if new or gone:
+        baseline.update(asked.baseline, new, keeps=lambda name: name not in gone)
     told = [f"{name}: no longer listed, removed" for name in gone]
     for outcome in outcomes:
         if outcome.now and outcome.then is None:
             told.append(f"{outcome.name}: new")
         elif outcome.change:
             told.append(f"{outcome.name}: {'more' if outcome.change > 0 else 'less'} than before")
-    where = os.path.relpath(asked.baseline)
-    print(f"Wrote {where}. {'; '.join(told) or 'No peak changed'}.", file=sys.stderr)
+    done = f"Wrote {os.path.relpath(asked.baseline)}" if new or gone else "Nothing was written"
+    print(f"{done}. {'; '.join(told) or 'No peak changed'}.", file=sys.stderr)
 
 
 def _show(

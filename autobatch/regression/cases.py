@@ -49,7 +49,12 @@ class Case:
     @property
     def measured(self) -> bool:
         """Whether it runs on a GPU that is there."""
-        return self.device.partition(":")[0] == "cuda"
+        return is_here(self.device)
+
+
+def is_here(device: str) -> bool:
+    """Whether a name is that of a GPU in this machine, on which steps are measured."""
+    return device.partition(":")[0] == "cuda"
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,10 @@ def find(start: Path) -> Path:
     above = [folder / "pyproject.toml" for folder in (start.absolute(), *start.absolute().parents)]
     files = [path for path in above if path.is_file()]
     for path in files:
-        if "[tool.autobatch" in path.read_text(encoding="utf-8", errors="replace"):
+        try:
+            if _table(path) is not None:
+                return path
+        except InvalidInput:  # what is wrong with it is said when it is read
             return path
     where = f"{files[0]} has no {TABLE}" if files else f"there is no pyproject.toml in {start.absolute()} or above it"
     raise InvalidInput(f"{where}. Say what to check:\n{TABLE}\ncases = [\n  {EXAMPLE},\n]")
@@ -85,15 +93,7 @@ def read(path: Path) -> Config:
     Raises:
         InvalidInput: the file cannot be read, or the table is none.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInput(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} is no valid TOML: {error}.") from error
-    tool = content.get("tool", {})
-    own = tool.get("autobatch", {}) if isinstance(tool, dict) else {}
-    table = own.get("check") if isinstance(own, dict) else None
+    table = _table(path)
     if not isinstance(table, dict) or not isinstance(table.get("cases"), list) or not table["cases"]:
         raise InvalidInput(f"{path} has no cases to check. Write\n{TABLE}\ncases = [\n  {EXAMPLE},\n]")
     common = {key: value for key, value in table.items() if key not in ("cases", "baseline")}
@@ -102,15 +102,29 @@ def read(path: Path) -> Config:
     cases: dict[str, Case] = {}
     wrong: dict[str, str] = {}
     for number, entry in enumerate(table["cases"], 1):
-        name = str(entry.get("name") or "") if isinstance(entry, dict) else ""
-        label = name if name and name not in cases and name not in wrong else f"case {number}"
+        name = str(entry.get("name") or "").strip() if isinstance(entry, dict) else ""
+        label = name if name and name not in cases and name not in wrong else f"(number {number})"
         try:
             if label != name and name:
                 raise InvalidInput(f"there are two cases with the name {name!r}. Each needs its own.")
             cases[label] = _case(entry, common)
         except AutobatchError as error:
             wrong[label] = str(error)
-    return Config(path.parent, path.parent / _baseline(table, path), tuple(cases.values()), wrong)
+    root = path.resolve().parent
+    return Config(root, root / _baseline(table, path), tuple(cases.values()), wrong)
+
+
+def _table(path: Path) -> Any:
+    """What a file has at `tool.autobatch.check`, or None."""
+    try:
+        found: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path} is no valid TOML: {error}.") from error
+    for key in ("tool", "autobatch", "check"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 def _baseline(table: dict[str, Any], path: Path) -> str:

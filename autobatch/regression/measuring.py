@@ -10,15 +10,11 @@ from autobatch.errors import NothingFits, NotTraceable, WorkloadNotPortable
 from autobatch.estimates import Estimate, Interval, ModuleBytes, Timeline
 from autobatch.estimating import estimates
 from autobatch.estimator import Question
+from autobatch.regression.cases import is_here
 from autobatch.trial import Trial
 from autobatch.units import format_bytes
 from autobatch.workload import Workload, resolve
 from autobatch.workload.state import preserved
-
-
-def is_here(device: str) -> bool:
-    """Whether a name is that of a GPU in this machine, on which steps are measured."""
-    return device.partition(":")[0] == "cuda"
 
 
 def step_on(device: str, workload: Workload, batch_size: int, accumulation: bool = False) -> Estimate:

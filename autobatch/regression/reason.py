@@ -46,7 +46,28 @@ def changes(then: Record, now: Record) -> list[Change]:
     at = compared_phase(then, now)
     if not at:
         return []
-    return _grouped(then.origins, now, at)
+    return _grouped(_at_their_new_names(then.origins, now.origins), now, at)
+
+
+def _at_their_new_names(then: Mapping[str, Made], now: Mapping[str, Made]) -> dict[str, Made]:
+    """What was there, by the names of now: of a module that was renamed, or has another number, all that it makes is
+    still made, byte by byte."""
+    new: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for key in sorted(now.keys() - then.keys()):
+        new[_whoever_made_it(key, now[key])].append(key)
+    renamed = {}
+    for key in sorted(then.keys() - now.keys()):
+        candidates = new[_whoever_made_it(key, then[key])]
+        if candidates:
+            renamed[candidates.pop(0)] = key
+    back = {old: fresh for fresh, old in renamed.items()}
+    return {back.get(key, key): made for key, made in then.items()}
+
+
+def _whoever_made_it(key: str, made: Made) -> tuple[object, ...]:
+    module, operator, phase, earlier = parts_of(key)
+    operator = operator.replace(f" {module}.", " ")  # parameters and buffers are called by their paths
+    return operator, phase, earlier, made.tensors, made.bytes, tuple(sorted(made.alive.items()))
 
 
 def holders(record: Record) -> list[Change]:

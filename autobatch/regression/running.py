@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autobatch.child import Child, die_with, pipe_from
-from autobatch.errors import AutobatchError, in_one_line
+from autobatch.errors import AutobatchError, NothingFits, in_one_line
 from autobatch.regression.cases import Case
 from autobatch.regression.record import Record, Settings, record_of
 
@@ -41,20 +42,23 @@ def run_all(cases: Iterable[Case], root: Path, jobs: int, on_end: Callable[[Case
         on_end: called as each ends, in this thread.
     """
     running: list[Child] = []
+    on_the_gpu = threading.Lock()  # measured cases would take memory from one another
 
     def run(case: Case) -> tuple[Case, Record | Failure]:
-        child = Child(__name__)
-        running.append(child)
-        try:
-            pickle.dump((case, root), child.writer)
-            child.writer.flush()
-            answer: Record | Failure = pickle.load(child.reader)
-        except (EOFError, OSError, ValueError, pickle.UnpicklingError):
-            status = child.close(failed=True)
-            answer = Failure(f"the process that ran it died (status {status}).", MODEL_FAILED)
-        finally:
-            child.close()
-        return case, answer
+        with on_the_gpu if case.measured else nullcontext():
+            child = Child(__name__)
+            running.append(child)
+            try:
+                pickle.dump((case, root), child.writer)
+                child.writer.flush()
+                child.wait_for_an_answer()
+                answer: Record | Failure = pickle.load(child.reader)
+            except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+                status = child.close(failed=True)
+                answer = Failure(f"the process that ran it died (status {status}).", MODEL_FAILED)
+            finally:
+                child.close()
+            return case, answer
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -125,5 +129,6 @@ def run_here(case: Case) -> Record:
 
 def _failure(error: BaseException) -> Failure:
     if isinstance(error, AutobatchError):
-        return Failure(" ".join(str(error).split()), error.exit_code, "".join(getattr(error, "__notes__", ())))
+        code = MODEL_FAILED if isinstance(error, NothingFits) else error.exit_code
+        return Failure(" ".join(str(error).split()), code, "".join(getattr(error, "__notes__", ())))
     return Failure(f"{in_one_line(error)}.", MODEL_FAILED, "".join(traceback.format_exception(error)))

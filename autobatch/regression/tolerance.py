@@ -35,6 +35,8 @@ class Tolerance:
             if percent := _PERCENT.fullmatch(text):
                 twice, share = share is not None, float(percent[1]) / 100
             else:
+                if text.isdecimal() and text != "0":
+                    raise InvalidInput(f"{text!r} in the tolerance {given!r} has no unit: write 2.5%, or 64MiB.")
                 twice, amount = amount is not None, 0 if text == "0" else parse_bytes(text)
             if twice:
                 raise InvalidInput(

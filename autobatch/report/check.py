@@ -33,6 +33,7 @@ _LEAST_SHARE = 0.02
 """A change that is less of the whole is not shown by itself."""
 _PHASES = {"forward": "forward pass", "backward": "backward pass", "optimizer": "optimizer's step"}
 UPDATE = "autobatch check --update"
+"""The command that makes what is now the baseline."""
 
 
 def needs_words(outcome: Outcome) -> bool:
@@ -72,8 +73,12 @@ def signed(change: int) -> str:
     return f"{'+' if change > 0 else '-' if change < 0 else ''}{format_bytes(abs(change))}"
 
 
-def headline(outcome: Outcome) -> str:
-    """The verdict in a sentence."""
+def headline(outcome: Outcome, update: str = UPDATE) -> str:
+    """The verdict in a sentence.
+
+    Args:
+        update: the command that makes what is now the baseline.
+    """
     if outcome.verdict is Verdict.FAILED or outcome.now is None:
         return outcome.problem
     peak = format_bytes(outcome.now.peak_bytes)
@@ -83,14 +88,16 @@ def headline(outcome: Outcome) -> str:
     if outcome.then is None and outcome.verdict is Verdict.UPDATED:
         told.append(f"its peak is {peak}, remembered from now on")
     elif outcome.then is None:
-        told.append(f"its peak is {peak}, and there is no baseline to compare it with: {UPDATE}")
+        told.append(f"its peak is {peak}, and there is no baseline to compare it with: {update}")
     elif outcome.change and outcome.verdict is not Verdict.SAME:
         more = "more" if outcome.change > 0 else "less"
         amount = re.sub(r"[+-](?=\d)", "", change_in_words(outcome))
         tolerated = "" if outcome.verdict is Verdict.UPDATED else f"; tolerated: {outcome.tolerance}"
         told.append(f"its peak is {peak}, {amount} {more} than the baseline's{tolerated}")
+    if more := _growth(outcome):
+        told.append(more)
     if outcome.verdict is Verdict.BETTER:
-        told.append(f"lock it in: {UPDATE}")
+        told.append(f"lock it in: {update}")
     return "; ".join(told) or f"its peak is {peak}"
 
 
@@ -120,12 +127,18 @@ def moment_in_words(outcome: Outcome) -> str:
     return f"{told} ({where}); the highest peak was that of the {was}, and is that of the {is_now}"
 
 
-def growth(outcome: Outcome) -> str:
+def _growth(outcome: Outcome) -> str:
     """That memory grows with every step, if it did not before; else ""."""
     then, now = outcome.then, outcome.now
     if now is None or now.growth_bytes <= (then.growth_bytes if then else 0):
         return ""
-    return f"Each step now leaves {format_bytes(now.growth_bytes)} behind: memory grows with every step."
+    return f"each step leaves {format_bytes(now.growth_bytes)} behind, so that memory grows with every step"
+
+
+def warnings(outcome: Outcome) -> tuple[str, ...]:
+    """Those of the comparison, and where something has changed, those about the case itself."""
+    own = outcome.now.warnings if outcome.now and outcome.verdict is not Verdict.SAME else ()
+    return (*outcome.warnings, *own)
 
 
 def main_changes(outcome: Outcome) -> list[Change]:
@@ -134,6 +147,11 @@ def main_changes(outcome: Outcome) -> list[Change]:
     sign = -1 if total < 0 else 1
     least = max(abs(total) * _LEAST_SHARE, 1)
     return [c for c in outcome.why if c.bytes * sign >= least and c.operator != THE_REST][:CHANGES]
+
+
+def main_holders(outcome: Outcome) -> list[Change]:
+    """Who holds most at the peak of a case that is over its limit."""
+    return holders(outcome.now)[:CHANGES] if outcome.verdict is Verdict.OVER_LIMIT and outcome.now else []
 
 
 def all_others(outcome: Outcome) -> int:
@@ -173,9 +191,9 @@ def relative(line: str, root: Path) -> str:
     return f"{with_root}:{number}" if inside else source_line(line)
 
 
-def text_lines(outcome: Outcome, root: Path) -> Iterator[str]:
+def text_lines(outcome: Outcome, root: Path, update: str = UPDATE) -> Iterator[str]:
     """All that there is to say about a case, as plain text."""
-    yield f"{outcome.name}: {headline(outcome)}"
+    yield f"{outcome.name}: {headline(outcome, update)}"
     if categories := category_rows(outcome):
         yield f"  Then and now, {moment_in_words(outcome)}:"
         widths = [max(len(cells[i]) for cells in categories) for i in range(4)]
@@ -190,14 +208,12 @@ def text_lines(outcome: Outcome, root: Path) -> Iterator[str]:
             yield f"      {where}"
         if others := all_others(outcome):
             yield f"    {signed(others)}  all other changes together"
-    if outcome.verdict is Verdict.OVER_LIMIT and outcome.now:
+    if found := main_holders(outcome):
         yield "  What is there at the peak:"
-        for holder in holders(outcome.now)[:CHANGES]:
+        for holder in found:
             yield f"    {format_bytes(holder.bytes)}  {holder.category}"
             yield f"      {place(holder, root)}"
-    if sentence := growth(outcome):
-        yield f"  {sentence}"
-    yield from (f"  Warning: {warning}" for warning in outcome.warnings)
+    yield from (f"  Warning: {warning}" for warning in warnings(outcome))
 
 
 def print_check(console: Console, outcomes: Sequence[Outcome], root: Path) -> None:

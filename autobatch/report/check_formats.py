@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 from autobatch.regression.verdict import Outcome, Verdict
 from autobatch.report import check
+from autobatch.units import format_bytes
 
+_NOT_IN_XML = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
 _MARKS = {
     Verdict.SAME: "✅",
     Verdict.BETTER: "🎉",
@@ -56,7 +59,7 @@ def _data(outcome: Outcome) -> dict[str, Any]:
             }
             for change in outcome.why
         ],
-        "warnings": list(outcome.warnings),
+        "warnings": list(check.warnings(outcome)),
         "problem": outcome.problem,
     }
 
@@ -68,7 +71,7 @@ def as_markdown(outcomes: Sequence[Outcome], problems: Sequence[str], root: Path
     for outcome in outcomes:
         *cells, verdict = map(_cell, check.row(outcome))
         lines.append(f"| {' | '.join(cells)} | {_MARKS[outcome.verdict]} {verdict} |")
-    lines += ["", *(f"> {problem}" for problem in problems)]
+    lines += ["", *(f"> {_html(problem)}" for problem in problems)]
     for outcome in filter(check.needs_words, outcomes):
         opened = " open" if outcome.exit_code else ""
         lines += [
@@ -90,18 +93,25 @@ def _reasons(outcome: Outcome, root: Path) -> Iterator[str]:
         yield from ("| bytes | what | where |", "| ---: | --- | --- |")
         for change in found:
             amount, what, where = check.change_words(change, root)
-            yield f"| {amount} | {_cell(what)} | `{where.replace('|', ' ')}` |"
+            yield f"| {amount} | {_cell(what)} | {_code(where)} |"
         if others := check.all_others(outcome):
             yield f"| {check.signed(others)} | all other changes together | |"
         yield ""
-    for sentence in (check.growth(outcome), *outcome.warnings):
-        if sentence:
-            yield f"- {_html(sentence)}"
+    if holders := check.main_holders(outcome):
+        yield from ("| bytes | what is there at the peak | where |", "| ---: | --- | --- |")
+        for holder in holders:
+            yield f"| {format_bytes(holder.bytes)} | {holder.category} | {_code(check.place(holder, root))} |"
+        yield ""
+    yield from (f"- {_html(sentence)}" for sentence in check.warnings(outcome))
     yield ""
 
 
 def _cell(text: str) -> str:
     return _html(text).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('|', ' ').replace('`', ' ')}`"
 
 
 def _html(text: str) -> str:
@@ -116,7 +126,8 @@ def as_github(outcomes: Sequence[Outcome], problems: Sequence[str], root: Path) 
         if not check.needs_words(outcome):
             continue
         level = "error" if outcome.exit_code else "notice" if outcome.verdict is Verdict.BETTER else "warning"
-        lines = [change.line for change in check.main_changes(outcome) if _in_repository(change.line)]
+        blamed = [*check.main_changes(outcome), *check.main_holders(outcome)]
+        lines = [change.line for change in blamed if _in_repository(change.line)]
         message = "\n".join(check.text_lines(outcome, root))
         yield _annotation(level, f"{outcome.name}: {outcome.verdict.value}", message, lines[0] if lines else "", root)
 
@@ -137,7 +148,7 @@ def _escaped(text: str, more: str = "") -> str:
 
 
 def _repository() -> Path:
-    return Path(os.environ.get("GITHUB_WORKSPACE") or Path.cwd()).absolute()
+    return Path(os.environ.get("GITHUB_WORKSPACE") or Path.cwd()).resolve()
 
 
 def _in_repository(line: str) -> bool:
@@ -148,7 +159,11 @@ def as_junit(outcomes: Sequence[Outcome], problems: Sequence[str], root: Path) -
     """JUnit's XML, for systems that show test reports."""
     failures = sum(outcome.exit_code in (1, 2) for outcome in outcomes)
     errors = sum(outcome.exit_code not in (0, 1, 2) for outcome in outcomes)
-    counts = {"tests": str(len(outcomes)), "failures": str(failures), "errors": str(errors + len(problems))}
+    counts = {
+        "tests": str(len(outcomes) + len(problems)),
+        "failures": str(failures),
+        "errors": str(errors + len(problems)),
+    }
     suite = ET.Element("testsuite", {"name": "autobatch check", **counts})
     for outcome in outcomes:
         case = ET.SubElement(suite, "testcase", {"classname": "autobatch.check", "name": outcome.name})
@@ -162,4 +177,4 @@ def as_junit(outcomes: Sequence[Outcome], problems: Sequence[str], root: Path) -
         case = ET.SubElement(suite, "testcase", {"classname": "autobatch.check", "name": "configuration"})
         ET.SubElement(case, "error", {"message": problem, "type": "configuration"})
     ET.indent(suite)
-    return ET.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+    return _NOT_IN_XML.sub("�", ET.tostring(suite, encoding="unicode", xml_declaration=True)) + "\n"
