@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -110,9 +110,9 @@ class Stepper:
             cutter, passes = self._parts_for(batch)
             self._drop_gradients()
             recovers = self._recover and self._sync.recovers
+            window = cutter.cut(batch, layout, self._largest)
             if recovers:
                 self._start.keep()
-            window = cutter.cut(batch, layout, self._largest)
         if not recovers:
             return self._finish(passes.run(window), window)
         while True:
@@ -191,10 +191,12 @@ class Stepper:
                 )
             found = training_loss(self._sync.inner, batch, *self._loss)
             context = partial(autocast, self._plan.precision, self._device)
-            run = partial(_loss_there, found, self._device)
-            evidence = Evidence(
-                run, self._sync.inner, context, StepStart(self._sync.inner, self._device), self._sync.gather
+            # Ranks that wait for one another fail together in the first of these, or not at all.
+            one = self._plan.precision == "fp32" or not self._sync.alone
+            contexts: list[Callable[[], AbstractContextManager[object]]] = (
+                [nullcontext] if one else [nullcontext, context]
             )
+            evidence = Evidence(partial(_loss_there, found, self._device), self._sync, contexts, self._start)
             reduction = self._told or found.reduction or evidence
             self._parts = (
                 Cutter(self._plan, self._sync, reduction),
@@ -315,6 +317,7 @@ class Stepper:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.grad = None
+        self._sync.drop_gradients()
         self._optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
@@ -333,6 +336,8 @@ class Stepper:
             yield
         except RankFailed:
             raise
+        except Stranded as error:  # the others wait where they cannot be told
+            raise InvalidInput(str(error)) from error
         except Exception as error:
             self._sync.meet([], f"{type(error).__name__}: {error}")
             raise
