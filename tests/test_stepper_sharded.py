@@ -233,6 +233,25 @@ try:
 except Exception as error:
     print(type(error).__name__, "Say what it is" in str(error), file=out)
 """
+FILLED_UP = """
+from autobatch import InvalidInput
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+both = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (12, 3)]
+mean = 0.1 * model[0](torch.cat(both)).detach().mean(0)
+fully_shard(model)
+stepper = plan_of(24, 4, ranks=2, rank=rank, min_micro_batch_size=2).stepper(
+    model, torch.optim.SGD(model.parameters(), lr=0.0), training_step=lambda net, x: net(x).mean(), reduction="mean")
+result = stepper.step(both[rank])
+print(result.samples, result.micro_batches, torch.allclose(model[1].running_mean, mean), file=out)
+with torch.device("meta"):
+    unmade = nn.Linear(3, 1)
+fully_shard(unmade, mesh=init_device_mesh("cpu", (2,)))
+try:
+    plan_of(24, 4, ranks=2, rank=rank).stepper(unmade, torch.optim.SGD(unmade.parameters()))
+except InvalidInput as error:
+    print("has parameters on meta" in str(error), file=out)
+"""
 LOOK_FAILS = """
 def step(model, batch):
     if rank == 1 and not torch.is_grad_enabled() and len(batch[0]) > 1:
@@ -271,7 +290,9 @@ os._exit(0)
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return torchrun(folder, 2, IMPORTS, places=PLACES, again=AGAIN, broken_off=BROKEN_OFF, looked=LOOKED)
+    return torchrun(
+        folder, 2, IMPORTS, places=PLACES, again=AGAIN, broken_off=BROKEN_OFF, looked=LOOKED, filled_up=FILLED_UP
+    )
 
 
 def test_wherever_a_rank_runs_out_training_ends_as_if_it_had_begun_with_the_smaller_size(on_two_ranks):
@@ -317,3 +338,12 @@ def test_a_rank_that_fails_where_it_catches_up_says_that_memory_ran_out_first(tm
     _, said = torchrun(tmp_path, 2, IMPORTS, fails=CANNOT_CATCH_UP)["fails"]
     assert said.startswith("NothingFits memory ran out on rank 1 in optimizer step 0 with micro-batches of 4 samples")
     assert "Tried to allocate 2.00 GiB; ValueError: there have to be two samples" in said
+
+
+def test_micro_batches_that_only_keep_others_company_count_nowhere(on_two_ranks):
+    first, second = (said.splitlines() for said in on_two_ranks["filled_up"])
+    assert first[0] == "12 3 True" and second[0] == "3 3 True"
+
+
+def test_parameters_that_are_not_where_the_model_is_run_are_refused(on_two_ranks):
+    assert all(said.endswith("\nTrue") for said in on_two_ranks["filled_up"])

@@ -139,7 +139,7 @@ class Stepper:
         samples = 0
         for micro in loader:
             with self._failing_together():
-                size = self._plan.layout_of(micro).size
+                size = self._plan.layout_of(micro, is_micro_batch=True).size
                 if samples + size > share:
                     raise InvalidInput(
                         f"micro-batches do not add up to the {share} samples of one optimizer step: {samples} are "
@@ -221,7 +221,7 @@ class Stepper:
                 return self._sync.attempt(partial(passes.run, window), catch_up)
         except Stranded as error:
             size = max(window.samples)
-            smaller = smaller_size(self._plan, size, [sum(window.samples)])
+            smaller = smaller_size(self._plan, size, [window.whole])
             advice = f"smaller micro-batches: fit(..., max_micro_batch={smaller})" if smaller else "more head-room"
             raise NothingFits(
                 f"memory ran out on rank {self._sync.rank} in optimizer step {self.steps} with micro-batches of {size} "
@@ -238,7 +238,7 @@ class Stepper:
             NothingFits: there are none.
         """
         ran_out = not isinstance(outcome, Tensor)
-        rows = self._sync.meet([float(ran_out), max(window.samples, default=0), sum(window.samples)])
+        rows = self._sync.meet([float(ran_out), max(window.samples, default=0), window.whole])
         losers = [rank for rank, row in enumerate(rows) if row[0]]
         if not losers:
             return False
@@ -301,7 +301,7 @@ class Stepper:
         if self._scheduler is not None and not skipped:
             self._scheduler.step()
         self.steps += 1
-        return StepResult(self._sync.mean(loss), norm, skipped, sum(window.samples), len(window.micros))
+        return StepResult(self._sync.mean(loss), norm, skipped, window.whole, len(window.micros))
 
     def _through(self, micros: list[Any]) -> Iterator[MicroBatch]:
         """The micro-batches of one optimizer step, which ends with the last."""
@@ -309,7 +309,9 @@ class Stepper:
             cutter, passes = self._parts_for(micros[0])
             window = cutter.gathered(micros)
             self._drop_gradients()
-            yield from passes.in_turn(window, self._finish)
+            # Ranks that wait for this one within the passes cannot be told that it failed.
+            telling = self._failing_together if self._sync.apart else nullcontext
+            yield from passes.in_turn(window, self._finish, telling)
 
     def _drop_gradients(self) -> None:
         """Those of parameters that the optimizer does not know, too: they would add up from step to step."""
