@@ -283,3 +283,18 @@ def test_large_buffers_are_put_back_where_a_pass_changed_them():
     stepper.step(batch)
     assert len(stepper.events) == 2
     assert model.passes.unique().tolist() == [3 + len(stepper.micro_batch_sizes)]
+
+
+def test_a_step_that_cannot_be_run_in_evaluation_mode_is_not_run_again_there_in_full_precision():
+    looks = []
+
+    def step(model, batch):
+        if not torch.is_grad_enabled():
+            looks.append(1)
+            raise LookupError("for training only")
+        return token_mean(model, batch)
+
+    model = Tagger()
+    with pytest.warns(UserWarning, match="for training only"):
+        plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=step).step(texts(12))
+    assert len(looks) == 1

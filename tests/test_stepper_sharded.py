@@ -252,6 +252,20 @@ try:
 except InvalidInput as error:
     print("has parameters on meta" in str(error), file=out)
 """
+OTHER_NAMES = """
+from autobatch.training import fsdp2
+fsdp2._ADDED_UP = "unknown"  # as if torch had renamed it
+def step(model, batch):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+model = Net()
+nested()(model)
+stepper = plan_of(24, 4, ranks=2, rank=rank).stepper(
+    model, torch.optim.SGD(model.parameters()), training_step=step, reduction="mean")
+try:
+    stepper.step(batch_of(12, 0))
+except Exception as error:
+    print(type(error).__name__, file=out)
+"""
 LOOK_FAILS = """
 def step(model, batch):
     if rank == 1 and not torch.is_grad_enabled() and len(batch[0]) > 1:
@@ -291,7 +305,15 @@ os._exit(0)
 def on_two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     return torchrun(
-        folder, 2, IMPORTS, places=PLACES, again=AGAIN, broken_off=BROKEN_OFF, looked=LOOKED, filled_up=FILLED_UP
+        folder,
+        2,
+        IMPORTS,
+        places=PLACES,
+        again=AGAIN,
+        broken_off=BROKEN_OFF,
+        looked=LOOKED,
+        filled_up=FILLED_UP,
+        other_names=OTHER_NAMES,
     )
 
 
@@ -347,3 +369,7 @@ def test_micro_batches_that_only_keep_others_company_count_nowhere(on_two_ranks)
 
 def test_parameters_that_are_not_where_the_model_is_run_are_refused(on_two_ranks):
     assert all(said.endswith("\nTrue") for said in on_two_ranks["filled_up"])
+
+
+def test_with_a_torch_that_names_things_otherwise_nothing_is_recovered(on_two_ranks):
+    assert on_two_ranks["other_names"] == ["OutOfMemoryError"] * 2
