@@ -254,7 +254,7 @@ except InvalidInput as error:
 """
 OTHER_NAMES = """
 from autobatch.training import fsdp2
-fsdp2._ADDED_UP = "unknown"  # as if torch had renamed it
+fsdp2._OF_PARAMETERS = ("renamed",)  # as another torch may have
 def step(model, batch):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 model = Net()

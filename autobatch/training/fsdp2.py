@@ -8,6 +8,9 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+_OF_GROUPS = ("_all_gather_comm", "_reduce_scatter_comm", "fsdp_params")
+_OF_PARAMETERS = ("sharded_param", "unsharded_accumulated_grad")
+
 
 def sharded_modules(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was called on."""
@@ -31,14 +34,11 @@ def is_readable(model: nn.Module) -> bool:
         if not (hasattr(state, "_fsdp_param_groups") or hasattr(state, "_fsdp_param_group")):
             return False
         for group in groups_of(module):
-            if not all(hasattr(group, name) for name in ("_all_gather_comm", "_reduce_scatter_comm", "fsdp_params")):
+            if not all(hasattr(group, name) for name in _OF_GROUPS):
                 return False
-            if not all(hasattr(p, "sharded_param") and hasattr(p, _ADDED_UP) for p in group.fsdp_params):
+            if not all(hasattr(parameter, name) for parameter in group.fsdp_params for name in _OF_PARAMETERS):
                 return False
     return True
-
-
-_ADDED_UP = "unsharded_accumulated_grad"
 
 
 def drop_gradients(modules: list[Any]) -> None:
