@@ -124,20 +124,27 @@ def dims_of(batch: Any, layout: Layout) -> dict[str, int | None]:
 
 
 def layout_like(batch: Any, dims: Mapping[str, int | None]) -> Layout | None:
-    """The layout of a batch whose arrays have these names and batch dimensions; None where they are others.
+    """The layout of a batch whose arrays have these names and batch dimensions; None where they are others. Where some
+    are missing or more, those that are there say how many samples there are.
 
     Raises:
         InvalidInput: the arrays disagree about how many samples there are.
     """
     found = {_name(path): (path, node) for path, node in _walk(batch) if is_array(node)}
-    cuts = {name: dim for name, dim in dims.items() if dim is not None}
-    if not cuts or found.keys() != dims.keys() or any(found[name][1].ndim <= dim for name, dim in cuts.items()):
+    cuts = {name: dim for name, dim in dims.items() if dim is not None and name in found}
+    if not cuts or any(found[name][1].ndim <= dim for name, dim in cuts.items()):
         return None
     sizes = {name: found[name][1].shape[dim] for name, dim in cuts.items()}
+    size, known = next(iter(sizes.values())), {found[name][0]: dim for name, dim in cuts.items()}
+    if found.keys() != dims.keys():
+        if len(set(sizes.values())) > 1:
+            return None
+        guessed = find_layout(batch, expected=size).cuts
+        return Layout(size, {path: dim for path, dim in guessed.items() if _name(path) not in dims} | known)
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{size} in {name or 'the tensor'} (dimension {cuts[name]})" for name, size in sizes.items())
         raise InvalidInput(f"the parts of this batch disagree about its samples: {told}. All need as many.")
-    return Layout(next(iter(sizes.values())), {found[name][0]: dim for name, dim in cuts.items()})
+    return Layout(size, known)
 
 
 def _name(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import torch
@@ -94,10 +94,11 @@ def fit(
     workload = as_workload(model, data, loss, training_step, optimizer, precision)
     question = Question.checked(target, headroom, world_size, max_micro_batch, exact, per_rank)
     place = _device_of(workload.model) if device is None else device
-    spot = get_device(place, None if memory_limit is None else parse_bytes(memory_limit))
-    try:
-        spot.prepare()
+    with ExitStack() as stack:
         with preserved(workload, tensors=False), ranks.failing_together(question.together):
+            limit = None if memory_limit is None else parse_bytes(memory_limit)
+            spot = stack.enter_context(closing(get_device(place, limit)))
+            spot.prepare()
             _same_on_all(question)
             step = resolve(workload)
             budget = int(spot.limit_bytes * (1 - max(headroom, spot.least_headroom))) - step.reserve_bytes
@@ -118,8 +119,6 @@ def fit(
                 unlimited = None if memory_limit is None else lambda: get_device(place)
                 raise _nothing_fits(spot, step, question, attempt, unlimited)
         return _plan(answer, spot, step, question, attempt)
-    finally:
-        spot.close()
 
 
 def _same_on_all(question: Question) -> None:

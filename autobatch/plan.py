@@ -221,13 +221,17 @@ class TrainingPlan(Data):
         for micro, size in zip(batches.split(batch, sizes, layout), sizes, strict=True):
             yield micro, size / total
 
-    def layout_of(self, batch: Any, samples: int | None = None) -> Layout:
-        """Where the samples of one of this rank's batches are, and how many; arguments and errors as for `split`."""
+    def layout_of(self, batch: Any, samples: int | None = None, is_micro_batch: bool = False) -> Layout:
+        """Where the samples of one of this rank's batches are, and how many; arguments and errors as for `split`.
+
+        Args:
+            is_micro_batch: it is one of those that a loader cut, and need not be as long as this rank's share.
+        """
         from autobatch import batches
 
         share = sum(self.micro_batch_sizes)
         layout = batches.layout_like(batch, self.batch_dims) if samples is None else None
-        layout = layout or batches.find_layout(batch, expected=samples or share)
+        layout = layout or batches.find_layout(batch, expected=samples or (None if is_micro_batch else share))
         if layout.size > share:
             raise InvalidInput(
                 f"the batch has {layout.size} samples, more than the {share} of one optimizer step"

@@ -60,8 +60,8 @@ class Talk:
             RankFailed: another rank failed, or is missing; not on the rank that says so itself.
         """
         self._met += 1
-        own = torch.zeros(1 + WIDTH, dtype=torch.float64)
-        own[: 1 + len(numbers)] = torch.tensor([float(failure is not None), *numbers])
+        own = torch.zeros(1 + WIDTH, dtype=torch.float64, device="cpu")  # whatever the default is
+        own[: 1 + len(numbers)] = torch.tensor([float(failure is not None), *numbers], device="cpu")
         rows = [torch.empty_like(own) for _ in self._members]
         with self._missing_named():
             dist.all_gather(rows, own, group=self._group)

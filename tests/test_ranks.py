@@ -53,6 +53,17 @@ try:
 except Exception as error:
     print(type(error).__name__, error, file=out)
 """
+NO_DEVICE = """
+try:
+    fit_wide(target=8, device="cuda:99" if rank == 1 else "cpu")
+except Exception as error:
+    print(type(error).__name__, error, file=out)
+"""
+DEFAULT_DEVICE = """
+torch.set_default_device("meta")
+print(talk.gather(rank), file=out)
+torch.set_default_device("cpu")
+"""
 OTHERS = """
 try:
     fit_wide(target=8 + rank)
@@ -109,6 +120,8 @@ def on_two_ranks(tmp_path_factory):
         fails=FAILS,
         others=OTHERS,
         alone=ALONE,
+        no_device=NO_DEVICE,
+        default_device=DEFAULT_DEVICE,
     )
 
 
@@ -168,3 +181,12 @@ def test_a_rank_that_never_comes_is_named(tmp_path, program):
     """The others wait as long as the process group was told to."""
     (said, _) = torchrun(tmp_path, 2, IMPORTS, timeout=3, missing=program)["missing"]
     assert said.startswith("RankFailed rank 1 is missing: the others waited in vain")
+
+
+def test_a_rank_without_the_device_ends_the_others_with_its_reason(on_two_ranks):
+    first, second = on_two_ranks["no_device"]
+    assert first.startswith("RankFailed rank 1 failed: DeviceUnavailable") and second.startswith("DeviceUnavailable")
+
+
+def test_ranks_talk_on_the_host_whatever_the_default_device_is(on_two_ranks):
+    assert on_two_ranks["default_device"] == ["[0, 1]"] * 2

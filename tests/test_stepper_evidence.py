@@ -51,7 +51,7 @@ def test_finding_out_what_the_loss_is_leaves_no_trace():
         random.random()
     assert drawn == (torch.rand(1), random.random())
     assert [module.training for module in model.modules()] == flags
-    assert seen[-2:] == [6, 6] and seen[:-2] == [1, 2, 3] * (len(seen) // 3)
+    assert len(seen) > 2 and seen[-2:] == [6, 6] and seen[:-2] == [1, 2, 3] * (len(seen) // 3)
 
 
 def test_a_first_batch_that_says_nothing_leaves_the_question_open():
@@ -219,3 +219,82 @@ def test_masks_that_are_added_to_scores_count_nothing():
     whole = gradients_of(model, token_mean, batch)
     plan_of(12, 4).stepper(model, optimizer, training_step=token_mean).step(batch)
     assert distance(optimizer.seen, whole) < 1e-12
+
+
+class Scaled(Tagger):
+    """With a buffer of which all elements stand in one place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1).expand(6))
+
+    def forward(self, tokens):
+        return self.scores((self.embedding(tokens) * self.scale).tanh().cumsum(1))
+
+
+@pytest.mark.filterwarnings("error")
+def test_buffers_that_cannot_be_written_do_not_keep_the_loss_from_being_found_out():
+    batch, model = texts(12), Scaled()
+    optimizer = Kept(model.parameters(), lr=0.0)
+    whole = gradients_of(model, token_mean, batch)
+    plan_of(12, 4).stepper(model, optimizer, training_step=token_mean).step(batch)
+    assert distance(optimizer.seen, whole) < 1e-12
+    assert model.training
+
+
+def test_buffers_that_cannot_be_written_do_not_keep_a_step_from_being_run_again():
+    batch, model, passes = texts(12), Scaled(), []
+
+    def step(model, batch):
+        passes.append(1)
+        if len(passes) == 2:
+            torch.empty(1 << 50)
+        return sample_mean(model, batch)
+
+    stepper = plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=step, reduction="mean")
+    stepper.step(batch)
+    assert [event.to_size for event in stepper.events] == [3]
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_buffers_are_put_back_where_a_pass_changed_them():
+    class Counts(Tagger):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("passes", torch.zeros(1 << 18))
+
+        def forward(self, tokens):
+            self.passes += 1
+            return super().forward(tokens)
+
+    batch, model, passes = texts(12), Counts(), []
+
+    def step(model, batch):
+        passes.append(1)
+        if len(passes) in runs_out:
+            torch.empty(1 << 50)
+        return token_mean(model, batch)
+
+    runs_out = set()
+    stepper = plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=step)
+    stepper.step(batch)
+    assert model.passes.unique().tolist() == [3]  # and not those in which the loss was found out
+    runs_out = {len(passes) + 2, len(passes) + 5}
+    stepper.step(batch)
+    assert len(stepper.events) == 2
+    assert model.passes.unique().tolist() == [3 + len(stepper.micro_batch_sizes)]
+
+
+def test_a_step_that_cannot_be_run_in_evaluation_mode_is_not_run_again_there_in_full_precision():
+    looks = []
+
+    def step(model, batch):
+        if not torch.is_grad_enabled():
+            looks.append(1)
+            raise LookupError("for training only")
+        return token_mean(model, batch)
+
+    model = Tagger()
+    with pytest.warns(UserWarning, match="for training only"):
+        plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=step).step(texts(12))
+    assert len(looks) == 1

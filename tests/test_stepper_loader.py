@@ -15,6 +15,7 @@ from stepping import (
     padding_mean,
     sample_mean,
     shifted_mean,
+    texts,
     token_mean,
     token_sum,
 )
@@ -49,15 +50,15 @@ def test_a_loader_of_micro_batches_gives_the_same_steps():
 
 @pytest.mark.parametrize("step", [token_mean, token_sum, shifted_mean, padding_mean], ids=lambda step: step.__name__)
 def test_single_samples_tell_together_what_the_loss_is(step):
-    whole, micros = micro_texts(9, 1)
+    _, micros = micro_texts(9, 1)
     model = Tagger()
     optimizer = Kept(model.parameters(), lr=0.1)
-    expected = gradients_of(model, step, whole)
     micros = [micro for micro in micros if torch.isfinite(step(model, micro).detach())]
+    kept = {name: torch.cat([micro[name] for micro in micros]) for name in micros[0]}
+    expected = gradients_of(model, step, kept)
     for micro in plan_of(9, 1).stepper(model, optimizer, training_step=step).accumulate(micros):
         micro.backward()
-    if len(micros) == 9:
-        assert distance(optimizer.seen, expected) < 1e-12
+    assert distance(optimizer.seen, expected) < 1e-12
 
 
 def test_means_over_samples_are_not_weighed_by_padding():
@@ -99,3 +100,20 @@ def test_an_optimizer_step_that_the_caller_breaks_off_leaves_no_gradients():
     assert model.scores.weight.grad is not None
     passes.close()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_texts_as_long_as_the_optimizer_step_has_samples_are_not_taken_for_samples():
+    whole = texts(16, length=16)
+    model = Tagger()
+    stepper = plan_of(16, 4).stepper(model, Kept(model.parameters()), training_step=token_mean, reduction="mean")
+    micros = [{name: rows[i : i + 4] for name, rows in whole.items()} for i in range(0, 16, 4)]
+    results = [micro.backward() for micro in stepper.accumulate(micros)]
+    assert [result and result.samples for result in results] == [None, None, None, 16]
+
+
+def test_the_tensors_that_a_plan_knows_say_how_many_samples_there_are_beside_others():
+    whole = texts(16, length=16)
+    model = Tagger()
+    plan = plan_of(16, 4, batch_dims={"tokens": 0, "classes": 0})
+    stepper = plan.stepper(model, Kept(model.parameters()), training_step=token_mean, reduction="mean")
+    assert stepper.step({name: rows[:5] for name, rows in whole.items()}).samples == 5

@@ -251,6 +251,29 @@ try:
 except Exception as error:
     print(type(error).__name__, error, file=out)
 """
+IGNORED = """
+model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+model.register_buffer("own", torch.full((2,), float(rank)))
+model.register_buffer("shared", torch.full((2,), float(rank)))
+DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["own", "1.running_mean"])
+model[1].running_mean.fill_(rank)
+model[1].momentum = 0.0
+plan_of(8, 4, ranks=2, rank=rank).stepper(
+    DistributedDataParallel(model), Kept(model.parameters()), training_step=lambda model, x: model(x).mean(),
+    reduction="mean").step(torch.randn(4, 3))
+print(model.own.tolist(), model.shared.tolist(), model[1].running_mean.tolist(), file=out)
+"""
+BODY_FAILS = """
+model = fresh()
+stepper = plan_of(24, 4, ranks=2, rank=rank).stepper(
+    DistributedDataParallel(model), Kept(model.parameters()), training_step=token_mean, reduction="mean")
+own_texts = texts(12)
+try:
+    for i, micro in enumerate(stepper.accumulate({k: v[j : j + 4] for k, v in own_texts.items()} for j in (0, 4, 8))):
+        micro.backward(torch.ones(2, requires_grad=True) if rank == 1 and i == 1 else None)
+except Exception as error:
+    print(type(error).__name__, str(error)[:30], file=out)
+"""
 SHARDED = """
 model = fresh()
 from torch.distributed.device_mesh import init_device_mesh
@@ -324,6 +347,8 @@ def on_two_ranks(tmp_path_factory):
         sharded_loss=SHARDED_LOSS,
         refused=REFUSED,
         fails=FAILS,
+        ignored=IGNORED,
+        body_fails=BODY_FAILS,
     )
 
 
@@ -400,3 +425,12 @@ def test_a_rank_that_fails_ends_the_others_with_its_reason(on_two_ranks):
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
     (said, _) = torchrun(tmp_path, 2, IMPORTS, dies=DIES)["dies"]
     assert said.startswith("RankFailed rank 1 is missing")
+
+
+def test_buffers_that_are_to_be_ignored_stay_each_ranks_own(on_two_ranks):
+    assert on_two_ranks["ignored"] == [f"[{r}, {r}] [0.0, 0.0] [{r}, {r}, {r}]" for r in (0.0, 1.0)]
+
+
+def test_a_rank_that_fails_in_a_micro_batch_of_a_loader_ends_the_others_with_its_reason(on_two_ranks):
+    first, second = on_two_ranks["body_fails"]
+    assert first.startswith("RankFailed rank 1 failed: ") and not second.startswith("RankFailed")

@@ -62,7 +62,7 @@ def candidates_in(batch: Any, layout: batches.Layout) -> Iterator[Candidate]:
 
 
 def counts_by_sample(candidates: Sequence[Candidate], parts: Sequence[Any], samples: int) -> list[list[float]]:
-    """What each candidate counts in each sample. What is counted on a GPU is read in one go.
+    """What each candidate counts in each sample. What is counted on a device is read in one go.
 
     Args:
         parts: batches that have so many `samples` together.
@@ -71,12 +71,17 @@ def counts_by_sample(candidates: Sequence[Candidate], parts: Sequence[Any], samp
     for one in candidates:
         if one.path is not None:
             tensors.setdefault((one.path, one.cut, one.ignored is None), {})[one.ignored] = None
-    counted, places = [], []
+    on: dict[torch.device, tuple[list[Tensor], list[tuple[batches.Path, int | None, bool]]]] = {}
     for (path, cut, _), ignored in tensors.items():
         found = [_counts(batches.at(part, path), cut, list(ignored)) for part in parts]
+        counted, places = on.setdefault(found[0].device, ([], []))
         counted.append(torch.cat(found, dim=1))
         places += [(path, value, later) for later in (False, True) for value in ignored]
-    rows = dict(zip(places, torch.cat(counted).tolist() if counted else [], strict=True))
+    rows = {
+        place: row
+        for counted, places in on.values()
+        for place, row in zip(places, torch.cat(counted).tolist(), strict=True)
+    }
     ones = [1.0] * samples
     return [ones if one.path is None else rows[one.path, one.ignored, one.later] for one in candidates]
 

@@ -10,7 +10,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -24,6 +24,7 @@ from autobatch import batches
 from autobatch.devices import oom
 from autobatch.errors import InvalidInput
 from autobatch.training.candidates import SAMPLES, Candidate, candidates_in, counts_by_sample, telling_parts
+from autobatch.training.sync import Stranded, Sync
 from autobatch.training.undo import StepStart
 
 TOLERANCE, COARSE = 1e-5, 1e-3
@@ -89,13 +90,12 @@ class Evidence:
     """
 
     compute_loss: Callable[[nn.Module, Any], Tensor]
-    model: nn.Module
-    autocast: Callable[[], AbstractContextManager[object]]
-    """Where training runs a forward pass. It is done without here, as it is more exact, where that runs."""
+    sync: Sync
+    """The ranks, who look together, and see the same."""
+    contexts: Sequence[Callable[[], AbstractContextManager[object]]]
+    """Where the loss is run, in the first of these in which that works: without autocast it is more exact."""
     start: StepStart
     """Puts back what a forward pass changes."""
-    gather: Callable[[Any], list[Any]]
-    """Gives every rank's value: ranks look together, and see the same."""
     candidates: list[Candidate] = field(default_factory=list)
     """Everything that it might be, likeliest first; nothing before the first batch."""
     left: list[Candidate] = field(default_factory=list)
@@ -116,7 +116,9 @@ class Evidence:
             micros: the micro-batches, of so many `samples`.
 
         Raises:
-            InvalidInput: memory ran out with two samples together, so that it cannot be found out.
+            InvalidInput: it cannot be found out: memory ran out with two samples together, or ranks wait for one
+                another in the model's passes, and could not be caught up with.
+            Stranded: it cannot, and other ranks are left waiting.
         """
         if not self.candidates:
             self.candidates = list(candidates_in(batch, layout))
@@ -152,7 +154,7 @@ class Evidence:
             fitting = self._fitting(look, self.left)
             mismatch = f"{look}, as where samples are compared with one another"
             own = look.problem or ("" if not look.tells or any(map(look.fits, self.left)) else mismatch)
-            problem = next(filter(None, self.gather(own)), "")
+            problem = next(filter(None, self.sync.gather(own)), "")
             if problem or not fitting:
                 _warn(f"{SAMPLES.words}, but {problem or 'ranks found it to be different things'}")
                 self.left, self._recheck = [SAMPLES], 0
@@ -169,7 +171,7 @@ class Evidence:
         taken = self.left[0]
         look = self._look(batch, layout, self.candidates, most)
         own = "" if not look.tells or look.fits(taken, slack=True) else str(look)
-        differs = next(filter(None, self.gather(own)), "")
+        differs = next(filter(None, self.sync.gather(own)), "")
         if not differs:
             return
         fitting = self._fitting(look, self.candidates)
@@ -184,7 +186,7 @@ class Evidence:
     ) -> tuple[float, Candidate]:
         """By which share at most a candidate gives a micro-batch of any rank another weight than the likeliest one
         does, and which candidate that is. A collective."""
-        of_ranks = self.gather(_counts_of(candidates, whole, samples))
+        of_ranks = self.sync.gather(_counts_of(candidates, whole, samples))
         likeliest: list[float] = []
         worst = (0.0, candidates[0])
         for i, one in enumerate(candidates):
@@ -199,7 +201,7 @@ class Evidence:
     def _fitting(self, look: Look, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that foretell the loss on every rank that can tell. A collective."""
         words = {one.words for one in candidates if not look.tells or look.fits(one)}
-        common = set.intersection(*self.gather(words))
+        common = set.intersection(*self.sync.gather(words))
         return [one for one in candidates if one.words in common]
 
     def _look(self, batch: Any, layout: batches.Layout, candidates: Sequence[Candidate], most: int) -> Look:
@@ -207,17 +209,21 @@ class Evidence:
         collective.
 
         Raises:
-            InvalidInput: memory runs out with two.
+            InvalidInput, Stranded: as `settle`.
         """
-        tolerance = COARSE if _is_half(self.model) else TOLERANCE
+        if not (self.sync.alone or self.sync.recovers):
+            raise InvalidInput(
+                "what the loss is a mean over is not looked for in this model: its ranks meet in its passes, and would "
+                f"wait there for one that ran out of memory. Say what it is: {SAY}."
+            )
+        tolerance = COARSE if _is_half(self.sync.inner) else TOLERANCE
         for together in (most, 2):
             parts = telling_parts(batch, layout, candidates, together)
             found = self._losses([part for part, _ in parts])
-            said = self.gather(found.message if isinstance(found, oom.Diagnosis) else "")
+            said = self.sync.gather(found.message if isinstance(found, oom.Diagnosis) else "")
             ran_out = next(filter(None, said), None)
             if ran_out is None:
                 break
-            oom.release()
         else:
             raise InvalidInput(
                 "what the loss is a mean over could not be found out, as memory ran out with two samples together and "
@@ -230,28 +236,35 @@ class Evidence:
 
     def _losses(self, parts: list[Any]) -> list[float] | oom.Diagnosis | str:
         """The losses of these parts of a batch, or why there are none."""
+        least = parts[:1] * len(parts)
         found: list[float] | oom.Diagnosis | str = ""
-        for context in (nullcontext, self.autocast):
+        for context in self.contexts:
             try:
-                found = oom.attempt(partial(self._run, parts, context))
-            except Exception as error:  # noqa: BLE001  # a training step may raise anything here: it is told
+                found = self.sync.attempt(partial(self._run, parts, context), partial(self._run, least, context))
+            except Exception as error:  # a training step may raise anything here: it is told
                 found = f"it could not be run in evaluation mode to find out ({type(error).__name__}: {error})"
+                if not self.sync.alone:
+                    raise Stranded(
+                        f"what the loss is a mean over is not known: {found}. Say what it is: {SAY}."
+                    ) from error
             if isinstance(found, list):
                 break
+            oom.release()
         return found
 
     def _run(self, parts: list[Any], context: Callable[[], AbstractContextManager[object]]) -> list[float]:
-        flags = [(module, module.training) for module in self.model.modules()]
+        model = self.sync.inner
+        flags = [(module, module.training) for module in model.modules()]
         self.start.keep()
         try:
-            self.model.eval()
+            model.eval()
             with torch.no_grad(), context():
-                return [float(self.compute_loss(self.model, part)) for part in parts]
+                return [float(self.compute_loss(model, part)) for part in parts]
         finally:
-            self.start.restore()
-            self.start.forget()
             for module, training in flags:
                 module.training = training
+            self.start.restore()
+            self.start.forget()
 
 
 def _counts_of(candidates: Sequence[Candidate], whole: Sequence[Any], samples: Sequence[int]) -> list[list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ class MicroBatch:
     """By what its loss counts in that of the whole batch (of which ranks take the mean)."""
     _own_loss: Callable[[], Tensor]
     _backward: Callable[[Tensor], StepResult | None]
+    _telling: Callable[[], AbstractContextManager[object]]
+    """Tells the other ranks of a failure."""
 
     def backward(self, loss: Tensor | None = None) -> StepResult | None:
         """Go backward from the loss of this micro-batch, as it is: it is weighed here.
@@ -38,7 +41,8 @@ class MicroBatch:
         Returns:
             What the optimizer step came to, with the last of its micro-batches; else None.
         """
-        return self._backward(self._own_loss() if loss is None else loss)
+        with self._telling():
+            return self._backward(self._own_loss() if loss is None else loss)
 
 
 class Passes:
@@ -74,8 +78,13 @@ class Passes:
             self._statistics.end()
         return total
 
-    def in_turn(self, window: Window, finish: Callable[[Tensor, Window], StepResult]) -> Iterator[MicroBatch]:
-        """One after another, for the caller to run; `finish` is called after the last.
+    def in_turn(
+        self,
+        window: Window,
+        finish: Callable[[Tensor, Window], StepResult],
+        telling: Callable[[], AbstractContextManager[object]],
+    ) -> Iterator[MicroBatch]:
+        """One after another, for the caller to run, `telling` others of failures; `finish` is called after the last.
 
         Raises:
             InvalidInput: the caller did not go backward from one of them.
@@ -101,7 +110,7 @@ class Passes:
                 self._statistics.micro_batch(i)
                 there = on_device(micro, self._device)
                 with self._sync.passing(last=i == last):
-                    yield MicroBatch(there, weight, partial(self.loss, there), partial(backward, weight))
+                    yield MicroBatch(there, weight, partial(self.loss, there), partial(backward, weight), telling)
                 if ran != i + 1:
                     raise InvalidInput("call backward() of each micro-batch that accumulate() yields, once.")
         finally:

@@ -41,24 +41,17 @@ class Reduction:
         Raises:
             InvalidInput: the count is not a number of at least 0.
         """
-        return counts_of([self], micros, samples)[0]
-
-    def _of(self, micro: Any, samples: int) -> Any:
         if self.is_sum:
-            return 1.0
-        return samples if self.count is None else self.count(micro)
-
-
-def counts_of(reductions: Sequence[Reduction], micros: Sequence[Any], samples: Sequence[int]) -> list[list[float]]:
-    """`Reduction.counts` of several at once: what is counted on a GPU is read in one go."""
-    found = [one._of(micro, n) for one in reductions for micro, n in zip(micros, samples, strict=True)]
-    tensors = [i for i, value in enumerate(found) if isinstance(value, Tensor) and value.numel() == 1]
-    if tensors:
-        read = torch.stack([found[i].detach().reshape(()).double() for i in tensors]).tolist()
-        for i, value in zip(tensors, read, strict=True):
-            found[i] = value
-    numbers = [_number(value) for value in found]
-    return [numbers[start : start + len(micros)] for start in range(0, len(numbers), len(micros))]
+            return [1.0] * len(micros)
+        if self.count is None:
+            return list(map(float, samples))
+        found = [self.count(micro) for micro in micros]
+        tensors = [i for i, value in enumerate(found) if isinstance(value, Tensor) and value.numel() == 1]
+        if tensors:  # what is counted on a GPU is read in one go
+            read = torch.stack([found[i].detach().reshape(()).double() for i in tensors]).tolist()
+            for i, value in zip(tensors, read, strict=True):
+                found[i] = value
+        return [_number(value) for value in found]
 
 
 SAMPLES = Reduction("a mean over samples")

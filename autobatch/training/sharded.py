@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from autobatch.devices import oom
-from autobatch.training.sync import Ranks, Stranded
+from autobatch.training import fsdp2
+from autobatch.training.sync import Ranks, Result, Stranded, average_statistics
 
 
 class FullySharded(Ranks):
@@ -27,6 +27,7 @@ class FullySharded(Ranks):
     collectives in the same order, whatever its data.
     """
 
+    alone = False
     equal_passes = True
     apart = False
 
@@ -34,8 +35,9 @@ class FullySharded(Ranks):
         super().__init__(group)
         self.inner = model
         self._model = model
-        self._modules: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.recovers = recovers and self._knows_all_collectives()
+        self._modules = fsdp2.sharded_modules(model)
+        self._readable = fsdp2.is_readable(model)
+        self.recovers = recovers and self._readable and self._knows_all_collectives()
 
     @contextmanager
     def passing(self, last: bool) -> Iterator[None]:
@@ -45,26 +47,38 @@ class FullySharded(Ranks):
         finally:
             self._model.set_requires_gradient_sync(True)
 
-    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
-        _abandon_passes(self._model)  # which parameters are gathered must not depend on what was run before
+    def attempt(self, run: Callable[[], Result], catch_up: Callable[[], Result]) -> Result | oom.Diagnosis:
+        fsdp2.abandon_passes(self._model)  # which parameters are gathered must not depend on what was run before
         collectives = _Collectives()
         with self._counted(collectives):
-            outcome = latest = oom.attempt(run)
+            outcome = oom.attempt(run)
+            latest: object = outcome
             been_in = -1
             while isinstance(latest, oom.Diagnosis):
                 if collectives.entered:
                     raise Stranded(f"within a collective, which may have reached the other ranks ({latest.message})")
                 if collectives.been_in == been_in:
                     raise Stranded(f"again in the smallest micro-batches ({latest.message})")
-                been_in = collectives.been_in
+                been_in, ran_out = collectives.been_in, latest.message
                 collectives.begin_again()
-                _abandon_passes(self._model)
-                latest = oom.attempt(catch_up)
+                fsdp2.abandon_passes(self._model)
+                try:
+                    latest = oom.attempt(catch_up)
+                except Exception as error:
+                    why = f"{type(error).__name__}: {error}"
+                    raise Stranded(f"then the smallest, to catch up, failed ({ran_out}; {why})") from error
         return outcome
+
+    def drop_gradients(self) -> None:
+        if self._readable:
+            fsdp2.drop_gradients(self._modules)
 
     def gradients(self) -> None: ...
 
-    def statistics(self, share: float) -> None: ...
+    @torch.no_grad()
+    def statistics(self, share: float) -> None:
+        buffers = {id(buffer) for buffer in self._model.buffers()}
+        average_statistics(self._model, share, self._group, buffers)
 
     @contextmanager
     def _counted(self, collectives: _Collectives) -> Iterator[None]:
@@ -72,7 +86,7 @@ class FullySharded(Ranks):
         own = [
             (module, group._all_gather_comm, group._reduce_scatter_comm)
             for module in self._modules
-            for group in _groups(module)
+            for group in fsdp2.groups_of(module)
         ]
         for module, gather, scatter in own:
             module.set_custom_all_gather(_Counted(gather, collectives, _gather_alone))
@@ -88,7 +102,11 @@ class FullySharded(Ranks):
         """Whether the ranks meet nowhere in a pass but where it can be seen."""
         if any(isinstance(module, nn.SyncBatchNorm) for module in self._model.modules()):
             return False
-        if any(len(_groups(module)) > 1 for module in self._modules):  # whose collectives cannot be set
+        if any(len(fsdp2.groups_of(module)) > 1 for module in self._modules):  # whose collectives cannot be set
+            return False
+        groups = [group for module in self._modules for group in fsdp2.groups_of(module)]
+        comms = [comm for group in groups for comm in (group._all_gather_comm, group._reduce_scatter_comm)]
+        if any(type(comm).__name__.startswith("SymmMem") for comm in comms):  # which look into one another's memory
             return False
         with torch.no_grad():  # such as in fp8, whose scales are a maximum over all ranks
             local = [p.to_local() for p in self._model.parameters() if isinstance(p, DTensor)]
@@ -146,51 +164,3 @@ def _gather_alone(output: Tensor, own: Tensor) -> None:
 
 def _scatter_alone(output: Tensor, whole: Tensor) -> None:
     output.copy_(whole[: output.numel()])
-
-
-# What follows looks into FSDP2, which has no public way to read what it gathers with, or (before torch 2.13) to begin
-# again after a pass that failed.
-
-
-def _groups(module: Any) -> list[Any]:
-    """The groups of parameters that a module gathers: none, one, or (from torch 2.12 on) several."""
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group else []
-
-
-def _abandon_passes(model: Any) -> None:
-    """Have no pass under way, and every parameter sharded. Waits for the collectives that this rank is in."""
-    root = model._get_fsdp_state()
-    if root._is_root is None:  # nothing has run yet
-        return
-    if hasattr(model, "reset_iter_state"):
-        model.reset_iter_state()
-        return
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
-    passes, travelling = root._state_ctx, root._comm_ctx
-    now = root._device_handle.current_stream()
-    for stream in ("all_gather_copy_in_stream", "all_gather_stream", "reduce_scatter_stream", "all_reduce_stream"):
-        now.wait_stream(getattr(travelling, stream))
-    travelling.all_gather_state = None
-    travelling.post_forward_order.clear()
-    if hasattr(travelling, "reduce_scatter_states"):  # torch 2.12
-        travelling.reduce_scatter_states.clear()
-    else:
-        travelling.reduce_scatter_state = None
-    passes.iter_forward_root = None
-    passes.post_backward_final_callback_queued = False
-    for state in passes.all_states:
-        state._modules_to_run_forward.clear()
-        state._training_state = TrainingState.IDLE
-    for group in (group for module in model.modules() if isinstance(module, FSDPModule) for group in _groups(module)):
-        gathered = group._all_gather_result
-        if gathered is not None and gathered.all_gather_work is not None:
-            gathered.all_gather_work.wait()
-        group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
-        group._reshard_after_forward_event = None
-        group._post_forward_indices.clear()
-        group._training_state = TrainingState.IDLE
-        group._to_sharded()

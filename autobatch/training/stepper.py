@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -110,9 +110,9 @@ class Stepper:
             cutter, passes = self._parts_for(batch)
             self._drop_gradients()
             recovers = self._recover and self._sync.recovers
+            window = cutter.cut(batch, layout, self._largest)
             if recovers:
                 self._start.keep()
-            window = cutter.cut(batch, layout, self._largest)
         if not recovers:
             return self._finish(passes.run(window), window)
         while True:
@@ -139,7 +139,7 @@ class Stepper:
         samples = 0
         for micro in loader:
             with self._failing_together():
-                size = self._plan.layout_of(micro).size
+                size = self._plan.layout_of(micro, is_micro_batch=True).size
                 if samples + size > share:
                     raise InvalidInput(
                         f"micro-batches do not add up to the {share} samples of one optimizer step: {samples} are "
@@ -191,10 +191,12 @@ class Stepper:
                 )
             found = training_loss(self._sync.inner, batch, *self._loss)
             context = partial(autocast, self._plan.precision, self._device)
-            run = partial(_loss_there, found, self._device)
-            evidence = Evidence(
-                run, self._sync.inner, context, StepStart(self._sync.inner, self._device), self._sync.gather
+            # Ranks that wait for one another fail together in the first of these, or not at all.
+            one = self._plan.precision == "fp32" or not self._sync.alone
+            contexts: list[Callable[[], AbstractContextManager[object]]] = (
+                [nullcontext] if one else [nullcontext, context]
             )
+            evidence = Evidence(partial(_loss_there, found, self._device), self._sync, contexts, self._start)
             reduction = self._told or found.reduction or evidence
             self._parts = (
                 Cutter(self._plan, self._sync, reduction),
@@ -219,7 +221,7 @@ class Stepper:
                 return self._sync.attempt(partial(passes.run, window), catch_up)
         except Stranded as error:
             size = max(window.samples)
-            smaller = smaller_size(self._plan, size, [sum(window.samples)])
+            smaller = smaller_size(self._plan, size, [window.whole])
             advice = f"smaller micro-batches: fit(..., max_micro_batch={smaller})" if smaller else "more head-room"
             raise NothingFits(
                 f"memory ran out on rank {self._sync.rank} in optimizer step {self.steps} with micro-batches of {size} "
@@ -236,7 +238,7 @@ class Stepper:
             NothingFits: there are none.
         """
         ran_out = not isinstance(outcome, Tensor)
-        rows = self._sync.meet([float(ran_out), max(window.samples, default=0), sum(window.samples)])
+        rows = self._sync.meet([float(ran_out), max(window.samples, default=0), window.whole])
         losers = [rank for rank, row in enumerate(rows) if row[0]]
         if not losers:
             return False
@@ -299,7 +301,7 @@ class Stepper:
         if self._scheduler is not None and not skipped:
             self._scheduler.step()
         self.steps += 1
-        return StepResult(self._sync.mean(loss), norm, skipped, sum(window.samples), len(window.micros))
+        return StepResult(self._sync.mean(loss), norm, skipped, window.whole, len(window.micros))
 
     def _through(self, micros: list[Any]) -> Iterator[MicroBatch]:
         """The micro-batches of one optimizer step, which ends with the last."""
@@ -307,7 +309,9 @@ class Stepper:
             cutter, passes = self._parts_for(micros[0])
             window = cutter.gathered(micros)
             self._drop_gradients()
-            yield from passes.in_turn(window, self._finish)
+            # Ranks that wait for this one within the passes cannot be told that it failed.
+            telling = self._failing_together if self._sync.apart else nullcontext
+            yield from passes.in_turn(window, self._finish, telling)
 
     def _drop_gradients(self) -> None:
         """Those of parameters that the optimizer does not know, too: they would add up from step to step."""
@@ -315,6 +319,7 @@ class Stepper:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.grad = None
+        self._sync.drop_gradients()
         self._optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
@@ -333,6 +338,8 @@ class Stepper:
             yield
         except RankFailed:
             raise
+        except Stranded as error:  # the others wait where they cannot be told
+            raise InvalidInput(str(error)) from error
         except Exception as error:
             self._sync.meet([], f"{type(error).__name__}: {error}")
             raise

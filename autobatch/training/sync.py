@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,18 +17,22 @@ from autobatch.devices import oom
 from autobatch.errors import InvalidInput
 from autobatch.training.buckets import all_reduce, broadcast
 
+Result = TypeVar("Result")
+
 
 class Stranded(Exception):
-    """This rank ran out of memory where it cannot come to the end of the step, and others wait for it."""
+    """This rank failed where it cannot come to the end of the passes, and others wait for it there."""
 
 
 class Sync(Protocol):
-    """How the ranks of a step keep together. All methods but `passing` are collectives."""
+    """How the ranks of a step keep together. All methods but `passing` and `drop_gradients` are collectives."""
 
     world_size: int
     inner: nn.Module
-    """The model that can run on one rank alone, or without its gradients being synchronised."""
+    """The model out of its wrapper, if it has one."""
     rank: int
+    alone: bool
+    """Whether `inner` runs on one rank without the others."""
     equal_passes: bool
     """Whether every rank has to run as many micro-batches as any other."""
 
@@ -58,7 +62,7 @@ class Sync(Protocol):
         """Where a micro-batch goes forward and backward."""
         ...
 
-    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
+    def attempt(self, run: Callable[[], Result], catch_up: Callable[[], Result]) -> Result | oom.Diagnosis:
         """Run all passes of a step; where memory runs out, leave no other rank waiting. Only where it `recovers`.
 
         Args:
@@ -68,6 +72,10 @@ class Sync(Protocol):
         Raises:
             Stranded: others are left waiting.
         """
+        ...
+
+    def drop_gradients(self) -> None:
+        """Hold none beside those that parameters show. No collective."""
         ...
 
     def gradients(self) -> None:
@@ -88,6 +96,7 @@ class Alone:
 
     world_size = 1
     rank = 0
+    alone = True
     apart = True
     recovers = True
     equal_passes = False
@@ -104,8 +113,10 @@ class Alone:
     def passing(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
+    def attempt(self, run: Callable[[], Result], catch_up: Callable[[], Result]) -> Result | oom.Diagnosis:
         return oom.attempt(run)
+
+    def drop_gradients(self) -> None: ...
 
     def gradients(self) -> None: ...
 
@@ -124,13 +135,15 @@ class Ranks:
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
+    def drop_gradients(self) -> None: ...
+
     def meet(self, numbers: Sequence[float], failure: str | None = None) -> list[list[float]]:
         return self._talk.meet(numbers, failure)
 
     def gather(self, value: Any) -> list[Any]:
         return self._talk.gather(value)
 
-    def attempt(self, run: Callable[[], Tensor], catch_up: Callable[[], Tensor]) -> Tensor | oom.Diagnosis:
+    def attempt(self, run: Callable[[], Result], catch_up: Callable[[], Result]) -> Result | oom.Diagnosis:
         return oom.attempt(run)
 
     def mean(self, value: Tensor) -> Tensor:
@@ -143,21 +156,23 @@ class DataParallel(Ranks):
     """DistributedDataParallel. To be able to run a step again on all ranks after one ran out of memory, no rank may
     wait for another within a backward pass: gradients are accumulated apart and averaged after the last one."""
 
+    alone = True
+
     def __init__(self, model: DistributedDataParallel, recovers: bool) -> None:
         super().__init__(model.process_group)
         self._model = model
         self.inner = model.module
         self.equal_passes = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-        self._wanted = recovers
+        # Ranks meet within the passes of some models, and sparse gradients have no buckets.
+        sparse = any(getattr(module, "sparse", False) is True for module in model.modules())
+        self._wanted = recovers and not (self.equal_passes or sparse)
         names = model.parameters_to_ignore
         self._parameters = [p for n, p in self.inner.named_parameters() if n not in names and p.requires_grad]
 
     @property
     def apart(self) -> bool:
-        """See `Sync`. Ranks meet within the passes of some models, and sparse gradients have no buckets."""
-        model = self._model
-        sparse = any(getattr(module, "sparse", False) is True for module in model.modules())
-        return self._wanted and not (model._comm_hooks or self.equal_passes or sparse)
+        """See `Sync`. Hooks, in which ranks meet, may be registered later."""
+        return self._wanted and not self._model._comm_hooks
 
     @property
     def recovers(self) -> bool:
@@ -193,15 +208,30 @@ class DataParallel(Ranks):
     def statistics(self, share: float) -> None:
         if not self._model.broadcast_buffers:
             return
-        means: list[Tensor] = []
-        for module in self.inner.modules():
-            if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
-                means += [t for t in (module.running_mean, module.running_var) if t is not None]
-        if means:
-            torch._foreach_mul_(means, share)
-        all_reduce(means, self._group, 1)
-        averaged = {id(tensor) for tensor in means}
-        broadcast([b for b in self.inner.buffers() if id(b) not in averaged], self._group)
+        ignored = self._model.parameters_to_ignore
+        shared = {id(buffer): buffer for name, buffer in self.inner.named_buffers() if name not in ignored}
+        means = average_statistics(self.inner, share, self._group, shared)
+        broadcast([buffer for key, buffer in shared.items() if key not in means], self._group)
+
+
+def average_statistics(model: nn.Module, share: float, group: dist.ProcessGroup, among: Container[int]) -> set[int]:
+    """Have running statistics be the means over all ranks, of which this one had that share of the samples.
+
+    Args:
+        among: the ids of the buffers that may be changed.
+
+    Returns:
+        The ids of those that were.
+    """
+    means: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.training:
+            found = (module.running_mean, module.running_var)
+            means += [tensor for tensor in found if tensor is not None and id(tensor) in among]
+    if means:
+        torch._foreach_mul_(means, share)
+    all_reduce(means, group, 1)
+    return {id(tensor) for tensor in means}
 
 
 def sync_of(model: nn.Module, world_size: int, recover: bool) -> Sync:
@@ -253,6 +283,15 @@ def _mesh_group(model: Any) -> dist.ProcessGroup:
         raise InvalidInput(
             f"the model is sharded over a mesh of {mesh.ndim} dimensions; accumulation works with one of data-parallel "
             "ranks."
+        )
+    lying = next(
+        (p.device.type for p in model.parameters() if isinstance(p, DTensor) and p.device.type != mesh.device_type),
+        None,
+    )
+    if lying:
+        raise InvalidInput(
+            f"the model is sharded over devices of type {mesh.device_type}, but has parameters on {lying}. A step runs "
+            "where its parameters are, so they have to stay there: shard it without CPUOffloadPolicy."
         )
     group: dist.ProcessGroup = mesh.get_group()
     return group

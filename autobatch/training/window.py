@@ -25,11 +25,13 @@ class Window:
 
     micros: list[Any]
     samples: list[int]
-    """Those of each micro-batch."""
+    """Those of each micro-batch; 0 for one that only keeps others company."""
     weights: list[float]
     """By what the loss of each is multiplied: the mean of the sums over all ranks is the loss of the whole batch."""
+    whole: int
+    """This rank's samples, with those of micro-batches that are left out, as nothing in them counts."""
     share: float
-    """This rank's share of the samples of all ranks."""
+    """Their share of the samples of all ranks."""
 
     @property
     def shares(self) -> list[float]:
@@ -68,7 +70,7 @@ class Cutter:
 
     def gathered(self, micros: Sequence[Any]) -> Window:
         """Micro-batches that came as such. A collective."""
-        layouts = [self._plan.layout_of(micro) for micro in micros]
+        layouts = [self._plan.layout_of(micro, is_micro_batch=True) for micro in micros]
         if self._sync.equal_passes and len({row[0] for row in self._sync.meet([len(micros)])}) > 1:
             raise InvalidInput(
                 "the ranks have different numbers of micro-batches, and a sharded model runs only together."
@@ -85,10 +87,10 @@ class Cutter:
     def least(self, window: Window) -> Window:
         """As many micro-batches as in a window, each of as few samples as can be, to run but not to learn from."""
         micro, size = window.micros[0], min(self._plan.min_micro_batch_size, window.samples[0])
-        layout = self._plan.layout_of(micro)
+        layout = self._plan.layout_of(micro, is_micro_batch=True)
         few = batches.split(micro, [size, layout.size - size], layout)[0]
         passes = len(window.micros)
-        return Window([few] * passes, [size] * passes, window.weights, window.share)
+        return Window([few] * passes, [size] * passes, window.weights, window.whole, window.share)
 
     def _weighed(self, batch: Any, layout: batches.Layout, micros: Sequence[Any], samples: Sequence[int]) -> Window:
         reduction: Reduction | Candidate
@@ -115,6 +117,7 @@ class Cutter:
             [micros[i] for i in kept],
             [samples[i] for i in kept],
             [counts[i] * self._sync.world_size / total for i in kept],
+            sum(samples),
             sum(samples) / sum(row[1] for row in rows),
         )
 
@@ -143,7 +146,8 @@ def _filled(window: Window, passes: int) -> Window:
     more = passes - len(window.micros)
     return Window(
         window.micros + window.micros[:1] * more,
-        window.samples + window.samples[:1] * more,
+        window.samples + [0] * more,
         window.weights + [0.0] * more,
+        window.whole,
         window.share,
     )
