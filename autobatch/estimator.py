@@ -162,7 +162,7 @@ class Estimator:
                 *self.warnings,
                 *device.warnings,
                 *precision_warnings(target, self.in_bf16),
-                *self.steps.warnings,
+                *(self.steps.warnings if question.largest else self.steps.caveats),
                 *([_growing(*grows)] if grows else []),
             ),
         )

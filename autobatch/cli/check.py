@@ -75,12 +75,18 @@ def check(
         baseline = Baseline.read(asked.baseline)
         outcomes = _run(asked, chosen, baseline, jobs)
         problems = [baseline.problem] if baseline.problem and not update else []
+        not_written: InvalidInput | None = None
         if update:
-            _update(asked, outcomes, baseline, whole=not names)
+            try:
+                _update(asked, outcomes, baseline, whole=not names)
+            except InvalidInput as error:  # what was found is worth showing all the same
+                not_written = error
             outcomes = [updated(outcome) for outcome in outcomes]
         unusable = bool(problems) and baseline.is_there
         code = exit_code([*(outcome.exit_code for outcome in outcomes), 2 if unusable else 0])
         _show(outcomes, problems, form, as_json, asked.root, code)
+        if not_written:
+            raise not_written
         if debug:
             print(*(o.details for o in outcomes if o.details), sep="\n", file=sys.stderr)
         if code:
@@ -180,5 +186,8 @@ def _show(
     if form is Format.GITHUB and not as_json:
         print(*formats.as_github(outcomes, problems, root), sep="\n")
         if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-            with open(summary, "a", encoding="utf-8") as file:
-                file.write(formats.as_markdown(outcomes, problems, root))
+            try:
+                with open(summary, "a", encoding="utf-8") as file:
+                    file.write(formats.as_markdown(outcomes, problems, root))
+            except OSError as error:
+                print(f"autobatch: the summary {summary} cannot be written: {error.strerror}", file=sys.stderr)

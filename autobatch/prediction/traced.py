@@ -53,7 +53,12 @@ class TracedStep:
     def warnings(self) -> list[str]:
         """What the user should know about these traces, in sentences."""
         uneven = f"every size was traced by itself, as {self.uneven}." if self.uneven else ""
-        return [text for text in (uneven, self.caveat, self.left_out) if text]
+        return [text for text in (uneven, *self.caveats) if text]
+
+    @property
+    def caveats(self) -> list[str]:
+        """The same for the trace of one size, for which it does not matter what others do."""
+        return [text for text in (self.caveat, self.left_out) if text]
 
     def of_sizes(self, sizes: tuple[int, ...]) -> Trace:
         """A warm-up step, and one with micro-batches of these samples.

@@ -41,6 +41,8 @@ class Baseline:
     @classmethod
     def read(cls, path: Path) -> Baseline:
         """What is in the file; nothing where it is missing, or cannot be used."""
+        if path.exists() and not path.is_file():
+            return cls(problem=f"the baseline {path} is no file.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -51,7 +53,7 @@ class Baseline:
             return cls(problem=f"the baseline {path} is damaged: {error}. {_INSTEAD}")
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            told = "names no schema_version" if version is None else f"is of schema version {str(version)[:20]}"
+            told = "names no schema_version" if version is None else f"is of schema version {repr(version)[:20]}"
             return cls(
                 problem=f"the baseline {path} {told}, but this autobatch reads version {SCHEMA_VERSION}. Use the "
                 "autobatch that wrote it, or remove the file and make it anew."

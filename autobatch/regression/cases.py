@@ -102,7 +102,7 @@ def read(path: Path) -> Config:
     cases: dict[str, Case] = {}
     wrong: dict[str, str] = {}
     for number, entry in enumerate(table["cases"], 1):
-        name = str(entry.get("name") or "").strip() if isinstance(entry, dict) else ""
+        name = " ".join(str(entry.get("name") or "").split()) if isinstance(entry, dict) else ""
         label = name if name and name not in cases and name not in wrong else f"(number {number})"
         try:
             if label != name and name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import threading
 import traceback
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ from autobatch.errors import AutobatchError, NothingFits, in_one_line
 from autobatch.regression.cases import Case
 from autobatch.regression.record import Record, Settings, record_of
 
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""Such as the colours of a message, which are none in a report."""
 MODEL_FAILED = 3
 """The exit code where the user's own code fails."""
 
@@ -128,6 +131,11 @@ def run_here(case: Case) -> Record:
 
 
 def _failure(error: BaseException) -> Failure:
+    failure = _as_it_is(error)
+    return replace(failure, problem=_UNPRINTABLE.sub("�", failure.problem))
+
+
+def _as_it_is(error: BaseException) -> Failure:
     if isinstance(error, AutobatchError):
         code = MODEL_FAILED if isinstance(error, NothingFits) else error.exit_code
         return Failure(" ".join(str(error).split()), code, "".join(getattr(error, "__notes__", ())))

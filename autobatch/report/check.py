@@ -31,6 +31,7 @@ _STYLES = {
 }
 _LEAST_SHARE = 0.02
 """A change that is less of the whole is not shown by itself."""
+_GOOD_PART = 0.2
 _PHASES = {"forward": "forward pass", "backward": "backward pass", "optimizer": "optimizer's step"}
 UPDATE = "autobatch check --update"
 """The command that makes what is now the baseline."""
@@ -87,7 +88,7 @@ def headline(outcome: Outcome, update: str = UPDATE) -> str:
         told.append(limit_in_words(outcome))
     if outcome.then is None and outcome.verdict is Verdict.UPDATED:
         told.append(f"its peak is {peak}, remembered from now on")
-    elif outcome.then is None:
+    elif outcome.then is None and not told:
         told.append(f"its peak is {peak}, and there is no baseline to compare it with: {update}")
     elif outcome.change and outcome.verdict is not Verdict.SAME:
         more = "more" if outcome.change > 0 else "less"
@@ -149,6 +150,19 @@ def main_changes(outcome: Outcome) -> list[Change]:
     return [c for c in outcome.why if c.bytes * sign >= least and c.operator != THE_REST][:CHANGES]
 
 
+def against_it(outcome: Outcome) -> list[Change]:
+    """The largest changes in the other direction, where they are a good part of the whole: what was replaced."""
+    total = outcome.change or 0
+    sign = -1 if total < 0 else 1
+    return [c for c in outcome.why if -c.bytes * sign >= abs(total) * _GOOD_PART and c.operator != THE_REST][:2]
+
+
+def shown_changes(outcome: Outcome) -> list[Change]:
+    """All that are shown by themselves."""
+    found = main_changes(outcome)
+    return found + against_it(outcome) if found else []
+
+
 def main_holders(outcome: Outcome) -> list[Change]:
     """Who holds most at the peak of a case that is over its limit."""
     return holders(outcome.now)[:CHANGES] if outcome.verdict is Verdict.OVER_LIMIT and outcome.now else []
@@ -156,7 +170,7 @@ def main_holders(outcome: Outcome) -> list[Change]:
 
 def all_others(outcome: Outcome) -> int:
     """Bytes of the changes that are not among the main ones, together."""
-    return sum(change.bytes for change in outcome.why) - sum(change.bytes for change in main_changes(outcome))
+    return sum(change.bytes for change in outcome.why) - sum(change.bytes for change in shown_changes(outcome))
 
 
 def modules_in_words(change: Change) -> str:
@@ -200,7 +214,7 @@ def text_lines(outcome: Outcome, root: Path, update: str = UPDATE) -> Iterator[s
         for name, *numbers in categories:
             columns = "  ".join(f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
             yield f"    {name:<{widths[0]}}  {columns}"
-    if found := main_changes(outcome):
+    if found := shown_changes(outcome):
         yield "  What changed there:"
         for change in found:
             amount, what, where = change_words(change, root)

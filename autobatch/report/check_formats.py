@@ -89,7 +89,7 @@ def _reasons(outcome: Outcome, root: Path) -> Iterator[str]:
         yield from ("| | then | now | change |", "| --- | ---: | ---: | ---: |")
         yield from (f"| {' | '.join(map(_cell, cells))} |" for cells in categories)
         yield ""
-    if found := check.main_changes(outcome):
+    if found := check.shown_changes(outcome):
         yield from ("| bytes | what | where |", "| ---: | --- | --- |")
         for change in found:
             amount, what, where = check.change_words(change, root)
