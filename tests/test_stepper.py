@@ -196,6 +196,12 @@ def test_what_cannot_be_is_an_error():
         plan.stepper(model, optimizer, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
     with pytest.raises(InvalidInput, match="12 samples, more than the 10"):
         plan.stepper(model, optimizer, training_step=token_mean).step(texts(12))
+    with pytest.raises(InvalidInput, match=r"NumPy arrays and no tensors.*default_collate"):
+        plan.stepper(model, optimizer, training_step=token_mean).step({k: v.numpy() for k, v in texts(10).items()})
+    with pytest.raises(InvalidInput, match=r"this batch is empty.*drop_last=True"):
+        plan_of(10, 4, batch_dims={"tokens": 0, "labels": 0}).stepper(model, optimizer, training_step=token_mean).step(
+            {k: v[:0] for k, v in texts(10).items()}
+        )
     with pytest.raises(InvalidInput, match="gave str"):
         plan.stepper(model, optimizer, training_step=token_mean, reduction=lambda batch: "many").step(texts(10))
     with pytest.raises(InvalidInput, match="must be a scalar"):

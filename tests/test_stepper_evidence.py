@@ -293,3 +293,12 @@ def test_classes_that_are_common_all_count(size):
     )
     for _ in range(12):
         stepper.step((torch.randn(32, 6), torch.randint(10, (32,))))
+
+
+def test_a_loss_that_is_no_number_is_said_to_be_that():
+    model = Tagger()
+    stepper = plan_of(12, 4).stepper(
+        model, Kept(model.parameters()), training_step=lambda model, batch: token_mean(model, batch) * torch.nan
+    )
+    with pytest.warns(UserWarning, match="the loss of 3 samples is nan, and so tells nothing"):
+        stepper.step(texts(12))

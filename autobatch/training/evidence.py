@@ -69,6 +69,11 @@ class Look:
         *apart, together = map(math.isfinite, self.losses)
         return together and any(apart)
 
+    @property
+    def silence(self) -> str:
+        """Why nothing can be told from it."""
+        return f"the loss of {self.parts[-1][1]} samples is {self.losses[-1]}, and so tells nothing"
+
     def fits(self, one: Candidate, slack: bool = False) -> bool:
         """Whether a candidate foretells the loss of both parts together."""
         *apart, _ = self.parts
@@ -165,6 +170,7 @@ class Evidence:
         enough: float,
     ) -> None:
         """Look until those that are left differ by no more than that. A collective."""
+        silence = ""
         for _ in range(LOOKS):
             if self._difference(self.left, whole, samples)[0] <= enough:
                 return
@@ -179,13 +185,16 @@ class Evidence:
                 self.left, self._recheck = [SAMPLES], 0
                 return
             if len(fitting) == len(self.left):  # as would be by another look at the same samples
+                silence = next(filter(None, self.gather("" if look.tells else look.silence)), "")
                 break
             self.left = fitting
         difference, other = self._difference(self.left, whole, samples)
         if difference > SAME:
             self._undecided = 2 * difference  # more of one may tell
         if difference > LITTLE:
-            _warn(f"{self.left[0].words}, but may also be {other.words}: the samples at hand do not tell")
+            _warn(
+                f"{self.left[0].words}, but may also be {other.words}: {silence or 'the samples at hand do not tell'}"
+            )
 
     def _doubt(self, batch: Any, layout: batches.Layout, most: int) -> None:
         """See whether the one that is left still foretells the loss. A collective."""

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from autobatch import batches
 from autobatch.devices import oom
 from autobatch.errors import InvalidInput, NothingFits, RankFailed
 from autobatch.plan import TrainingPlan
@@ -209,6 +210,12 @@ class Stepper:
     def _parts_for(self, batch: Any) -> tuple[Cutter, Passes]:
         """What cuts batches and runs them: made when the first batch shows what it is made of."""
         if self._parts is None:
+            arrays = list(batches.arrays(batch))
+            if arrays and not any(isinstance(array, Tensor) for array in arrays):
+                raise InvalidInput(
+                    f"the batch has NumPy arrays and no tensors: {batches.describe(batch)}. Make tensors of them, as "
+                    "torch.utils.data.default_collate does, or torch.as_tensor."
+                )
             if not self._model.training:
                 warnings.warn(
                     "the model is in evaluation mode, without dropout and with fixed statistics, and is trained so. "
