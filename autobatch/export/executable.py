@@ -48,7 +48,8 @@ def find_executable_batch_size(
 
     Returns:
         The decorated function, which is called without the first two arguments. It raises `InvalidInput` where the
-        function does not take these arguments or the target cannot be shared equally by the ranks, and `NothingFits` where memory runs out with one sample.
+        function does not take them before the caller's own, or the target cannot be shared equally by the ranks, and
+        `NothingFits` where memory runs out with one sample.
 
     Raises:
         InvalidInput: target or starting_batch_size is below 1.
