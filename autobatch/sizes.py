@@ -25,7 +25,11 @@ def micro_batches(samples: int, largest: int, smallest: int = 1) -> tuple[int, .
         InvalidInput: every such split needs a micro-batch of fewer than `smallest` samples.
     """
     if samples < 1:
-        raise InvalidInput("there are no samples to split into micro-batches.")
+        raise InvalidInput(
+            "there are no samples to split into micro-batches: this batch is empty, as a rank's share is where a "
+            "loader's last batch has fewer samples than there are ranks. Give every rank at least one sample, or leave "
+            "that batch out with drop_last=True."
+        )
     sizes = split_evenly(samples, math.ceil(samples / largest))
     if sizes[-1] < smallest:
         raise InvalidInput(

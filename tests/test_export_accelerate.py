@@ -157,3 +157,18 @@ def test_each_process_of_a_launcher_takes_its_share(monkeypatch: pytest.MonkeyPa
 def test_sizes_below_one_are_errors(sizes: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match="must be at least 1 sample"):
         find_executable_batch_size(lambda size, steps: None, **sizes)
+
+
+def test_a_function_that_does_not_take_both_numbers_is_told_what_to_take() -> None:
+    @find_executable_batch_size(target=TARGET)
+    def by_size(batch_size: int) -> None: ...
+
+    @find_executable_batch_size(target=TARGET)
+    def by_both(batch_size: int, accumulation_steps: int) -> tuple[int, int]:
+        return batch_size, accumulation_steps
+
+    with pytest.raises(InvalidInput, match=r"calls by_size\(batch_size, accumulation_steps, ...\) with both.*too many"):
+        by_size()
+    with pytest.raises(InvalidInput, match="call it without them"):
+        by_both(8, 3)
+    assert by_both() == (TARGET, 1)

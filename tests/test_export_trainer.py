@@ -210,6 +210,16 @@ def test_a_model_that_counts_its_tokens_leaves_nothing_to_say(tmp_path: Path) ->
     assert not caveats_of(trainer_of(tiny_llama(), tmp_path, ragged_texts(40)))
 
 
+@pytest.mark.parametrize(("texts", "last"), [(TARGET + 13, "has 12 of 24 samples"), (TARGET + 5, "")])
+def test_dropping_micro_batches_where_an_epoch_then_ends_with_a_smaller_step_is_said(
+    tmp_path: Path, texts: int, last: str
+) -> None:
+    trainer = trainer_of(tiny_llama(), tmp_path, ragged_texts(texts))
+    trainer.args.dataloader_drop_last = True
+    said = caveats_of(trainer)
+    assert last in said and bool(said) == bool(last)
+
+
 def test_a_model_that_takes_no_count_is_said(tmp_path: Path) -> None:
     trainer = trainer_of(tiny_llama(), tmp_path, ragged_texts(40))
     trainer.model_accepts_loss_kwargs = False

@@ -176,7 +176,12 @@ def test_what_cannot_be_is_an_error():
     model, plan = Tagger(), plan_of(10, 4)
     optimizer = Kept(model.parameters())
     with pytest.raises(InvalidInput, match="Pass one of them"):
-        plan.stepper(model, optimizer, loss=nn.MSELoss(), training_step=token_mean).step(texts(10))
+        plan.stepper(model, optimizer, loss=nn.MSELoss(), training_step=token_mean)
+    with pytest.raises(InvalidInput, match="no parameter of the optimizer is one of the model"):
+        plan.stepper(model, Kept(Tagger().parameters()))
+    of_another = torch.optim.lr_scheduler.StepLR(Kept(model.parameters()), 1)
+    with pytest.raises(InvalidInput, match="learning rates of another optimizer"):
+        plan.stepper(model, optimizer, scheduler=of_another)
     with pytest.raises(InvalidInput, match="returns no loss of its own"):
         plan.stepper(model, optimizer).step({"tokens": texts(10)["tokens"]})
     with pytest.raises(InvalidInput, match="clip_grad_norm must be above 0"):
@@ -191,6 +196,12 @@ def test_what_cannot_be_is_an_error():
         plan.stepper(model, optimizer, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
     with pytest.raises(InvalidInput, match="12 samples, more than the 10"):
         plan.stepper(model, optimizer, training_step=token_mean).step(texts(12))
+    with pytest.raises(InvalidInput, match=r"NumPy arrays and no tensors.*default_collate"):
+        plan.stepper(model, optimizer, training_step=token_mean).step({k: v.numpy() for k, v in texts(10).items()})
+    with pytest.raises(InvalidInput, match=r"this batch is empty.*drop_last=True"):
+        plan_of(10, 4, batch_dims={"tokens": 0, "labels": 0}).stepper(model, optimizer, training_step=token_mean).step(
+            {k: v[:0] for k, v in texts(10).items()}
+        )
     with pytest.raises(InvalidInput, match="gave str"):
         plan.stepper(model, optimizer, training_step=token_mean, reduction=lambda batch: "many").step(texts(10))
     with pytest.raises(InvalidInput, match="must be a scalar"):
@@ -264,9 +275,12 @@ def test_a_stepper_goes_on_from_its_state():
     stepper = plan.stepper(model, Kept(model.parameters()), training_step=token_mean)
     stepper.step(texts(12))
     state = stepper.state_dict()
-    other = plan.stepper(model, Kept(model.parameters()), training_step=token_mean)
+    other = plan_of(12, 6).stepper(model, Kept(model.parameters()), training_step=token_mean)
+    other.load_state_dict(state)  # memory has never run out, so that this plan's own size stands
+    assert (other.steps, other.micro_batch_sizes) == (1, (6, 6))
     other.load_state_dict({**state, "largest": 3})
     assert (other.steps, other.micro_batch_sizes) == (1, (3, 3, 3, 3))
+    assert other.state_dict()["largest"] == 3
     with pytest.raises(InvalidInput, match="no state of a stepper"):
         other.load_state_dict({})
 
@@ -276,3 +290,10 @@ def test_a_model_in_evaluation_mode_is_warned_of():
     stepper = plan_of(6, 4).stepper(model, Kept(model.parameters()), training_step=sample_mean, reduction="mean")
     with pytest.warns(UserWarning, match=r"evaluation mode.*model.train\(\)"):
         stepper.step(texts(6))
+
+
+def test_an_optimizer_of_a_part_of_the_model_is_no_error():
+    model = Tagger()
+    before = model.embedding.weight.detach().clone()
+    plan_of(6, 3).stepper(model, Kept(model.scores.parameters(), lr=0.1), training_step=token_mean).step(texts(6))
+    assert torch.equal(model.embedding.weight, before)

@@ -298,3 +298,86 @@ def test_a_step_that_cannot_be_run_in_evaluation_mode_is_not_run_again_there_in_
     with pytest.warns(UserWarning, match="for training only"):
         plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=step).step(texts(12))
     assert len(looks) == 1
+
+
+def _next_tokens(model, batch):
+    return F.cross_entropy(model(batch["tokens"]).transpose(1, 2), batch["labels"], ignore_index=2)
+
+
+def _padded_texts(n, full):
+    """Next tokens, where 2 is padding that no mask tells of, and the first texts are as long as can be."""
+    tokens = torch.randint(3, 7, (n, 8))
+    lengths = torch.where(torch.arange(n) < full, 8, torch.randint(2, 8, (n,)))
+    tokens[torch.arange(8) >= lengths[:, None]] = 2
+    labels = tokens.roll(-1, 1)
+    labels[:, -1] = 2
+    return {"tokens": tokens, "labels": labels}
+
+
+def _labelled(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], ignore_index=254)
+
+
+def _with_unlabelled(n, full):
+    return torch.randn(n, 6), torch.randint(7, (n,)).masked_fill(torch.arange(n) % 5 > 4 * full / n, 254)
+
+
+def _measured(model, batch):
+    there = ~batch["t"].isnan()
+    return F.mse_loss(model(batch["x"])[there], batch["t"][there])
+
+
+def _with_gaps(n, full):
+    gaps = (torch.rand(n, 7) < 0.4) & (torch.arange(n) >= full)[:, None]
+    return {"x": torch.randn(n, 6), "t": torch.randn(n, 7).masked_fill(gaps, torch.nan)}
+
+
+def _unmasked(model, batch):
+    return model(batch["x"]).square()[~batch["hidden"]].mean()
+
+
+def _with_masks(n, full):
+    return {"x": torch.randn(n, 6), "hidden": (torch.rand(n, 7) < 0.4) & (torch.arange(n) >= full)[:, None]}
+
+
+@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("full", [0, 16, 20], ids=["none full", "most full", "all full"])
+@pytest.mark.parametrize(
+    ("step", "batch_of"),
+    [(_next_tokens, _padded_texts), (_labelled, _with_unlabelled), (_measured, _with_gaps), (_unmasked, _with_masks)],
+    ids=["padding", "unlabelled", "gaps", "inverted mask"],
+)
+@pytest.mark.filterwarnings("error")
+def test_marks_of_what_does_not_count_are_found_in_the_data(step, batch_of, full, size):
+    torch.manual_seed(0)
+    model = Tagger() if step is _next_tokens else nn.Linear(6, 7)
+    optimizer = Kept(model.parameters(), lr=0.0)
+    stepper = plan_of(20, size).stepper(model, optimizer, training_step=step)
+    for seen in (full, 10):
+        batch = batch_of(20, seen)
+        whole = gradients_of(model, step, batch)
+        stepper.step(batch)
+        assert distance(optimizer.seen, whole) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.filterwarnings("error")
+def test_classes_that_are_common_all_count(size):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 10)
+    stepper = plan_of(32, size).stepper(
+        model,
+        Kept(model.parameters(), lr=0.0),
+        training_step=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+    )
+    for _ in range(12):
+        stepper.step((torch.randn(32, 6), torch.randint(10, (32,))))
+
+
+def test_a_loss_that_is_no_number_is_said_to_be_that():
+    model = Tagger()
+    stepper = plan_of(12, 4).stepper(
+        model, Kept(model.parameters()), training_step=lambda model, batch: token_mean(model, batch) * torch.nan
+    )
+    with pytest.warns(UserWarning, match="the loss of 3 samples is nan, and so tells nothing"):
+        stepper.step(texts(12))

@@ -117,3 +117,52 @@ def test_the_tensors_that_a_plan_knows_say_how_many_samples_there_are_beside_oth
     plan = plan_of(16, 4, batch_dims={"tokens": 0, "classes": 0})
     stepper = plan.stepper(model, Kept(model.parameters()), training_step=token_mean, reduction="mean")
     assert stepper.step({name: rows[:5] for name, rows in whole.items()}).samples == 5
+
+
+def test_a_step_amid_the_micro_batches_of_another_is_an_error_and_harms_none():
+    whole, micros = micro_texts(12, 4)
+    model = Tagger()
+    optimizer = Kept(model.parameters(), lr=0.0)
+    stepper = plan_of(12, 4).stepper(model, optimizer, training_step=token_mean)
+    expected = gradients_of(model, token_mean, whole)
+    passes, others = stepper.accumulate(micros + micros), stepper.accumulate(micros)
+    next(passes).backward()
+    with pytest.raises(InvalidInput, match=r"still open.*close\(\)"):
+        stepper.step(whole)
+    with pytest.raises(InvalidInput, match="still open"):
+        next(others)
+    next(passes).backward()
+    result = next(passes).backward()
+    assert result is not None
+    assert distance(optimizer.seen, expected) < 1e-12
+    stepper.step(whole)  # between two steps of the loader's there is room
+    others = stepper.accumulate(micros)
+    next(others).backward()
+    passes.close()
+    assert [micro.backward() is None for micro in others] == [True, False]
+    assert distance(optimizer.seen, expected) < 1e-12
+
+
+def test_who_brings_the_losses_and_says_what_they_are_needs_no_other():
+    whole, micros = micro_texts(12, 4)
+    model = Tagger()
+    optimizer = Kept(model.parameters(), lr=0.1)
+    expected = gradients_of(model, token_mean, whole)
+    stepper = plan_of(12, 4).stepper(model, optimizer, reduction=lambda batch: (batch["labels"] != -100).sum())
+    for micro in stepper.accumulate(micros):
+        micro.backward(token_mean(model, {"tokens": micro.batch["tokens"], "labels": micro.batch["labels"]}))
+    assert distance(optimizer.seen, expected) < 1e-12
+    with pytest.raises(InvalidInput, match="returns no loss of its own"):
+        stepper.step(whole)
+
+
+def test_memory_that_runs_out_in_a_loaders_micro_batch_is_raised_with_advice():
+    def step(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    _, micros = micro_texts(12, 4)
+    model = Tagger()
+    stepper = plan_of(12, 4).stepper(model, Kept(model.parameters()), training_step=step, reduction="mean")
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        next(stepper.accumulate(micros)).backward()
+    assert "stepper.step(batch), which recovers" in caught.value.__notes__[0]

@@ -158,6 +158,34 @@ stepper = plan.stepper(wrapped, optimizer, training_step=sample_mean, reduction=
 stepper.step({k: v[:3] if rank == 0 else v[3:] for k, v in whole.items()})
 print(distance(optimizer.seen, expected) < 1e-12, file=out)
 """
+MARKED = """
+torch.manual_seed(0)
+model = nn.Linear(6, 7)
+def step(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], ignore_index=254)
+inputs, labels = torch.randn(24, 6), torch.randint(7, (24,))
+labels[12:20:2] = 254  # on the second rank alone
+plan = plan_of(24, 4, ranks=2, rank=rank)
+plain, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+optimizer = Kept(model.parameters(), lr=0.1)
+expected = gradients_of(plain, step, (inputs, labels))
+own_part = slice(12 * rank, 12 * rank + 12)
+plan.stepper(wrapped, optimizer, training_step=step).step((inputs[own_part], labels[own_part]))
+print(distance(optimizer.seen, expected) < 1e-12, file=out)
+"""
+BOTH_RUN_OUT = """
+model = fresh()
+plan = plan_of(24, 6, ranks=2, rank=rank, batch_dims={"tokens": 0, "labels": 0})
+whole, attempts = texts(7), []
+def step(model, batch):
+    attempts.append(len(batch["tokens"]))
+    if len(attempts) == 1:
+        torch.empty(1 << 50)
+    return sample_mean(model, batch)
+stepper = plan.stepper(DistributedDataParallel(model), Kept(model.parameters()), training_step=step, reduction="mean")
+stepper.step({k: v[:2] if rank == 0 else v[2:] for k, v in whole.items()})
+print([(e.from_size, e.to_size, e.rank) for e in stepper.events], attempts, file=out)
+"""
 UNUSED = """
 model = fresh()
 class Two(nn.Module):
@@ -342,6 +370,8 @@ def on_two_ranks(tmp_path_factory):
         unequal=UNEQUAL,
         unused=UNUSED,
         oom=OOM,
+        both_run_out=BOTH_RUN_OUT,
+        marked=MARKED,
         statistics=STATISTICS,
         sharded=SHARDED,
         sharded_loss=SHARDED_LOSS,
@@ -396,6 +426,15 @@ def test_parameters_that_only_one_rank_used_have_gradients_on_all(on_two_ranks):
 
 def test_one_rank_that_runs_out_alone_has_all_run_the_step_again(on_two_ranks):
     assert on_two_ranks["oom"] == ["True\n[(1, 6, 4, 1)] (4, 4, 4)"] * 2
+
+
+def test_of_ranks_that_run_out_together_the_largest_size_is_told(on_two_ranks):
+    """With 2 and 5 samples: of 5 the next is 4, which cuts those into 3 and 2."""
+    assert on_two_ranks["both_run_out"] == ["[(5, 4, 1)] [2, 2]", "[(5, 4, 1)] [5, 3, 2]"]
+
+
+def test_marks_that_one_rank_alone_has_are_known_to_all(on_two_ranks):
+    assert on_two_ranks["marked"] == ["True", "True"]
 
 
 def test_batch_norm_has_the_statistics_of_all_ranks(on_two_ranks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def find_executable_batch_size(
 
     Returns:
         The decorated function, which is called without the first two arguments. It raises `InvalidInput` where the
-        target cannot be shared equally by the ranks, and `NothingFits` where memory runs out with one sample.
+        function does not take them before the caller's own, or the target cannot be shared equally by the ranks, and
+        `NothingFits` where memory runs out with one sample.
 
     Raises:
         InvalidInput: target or starting_batch_size is below 1.
@@ -65,14 +67,29 @@ def find_executable_batch_size(
         largest = share if starting_batch_size is None else starting_batch_size
         sizes = [size for size in range(min(share, largest), 0, -1) if share % size == 0]
         for size in sizes:
+            _check_call(function, size, share // size, *args, **kwargs)
             outcome = oom.attempt(functools.partial(function, size, share // size, *args, **kwargs))
             if not isinstance(outcome, oom.Diagnosis):
                 return outcome
             oom.release()
-            _log.warning("Memory ran out with micro-batches of %d samples. (%s)", size, outcome.message)
+            _log.warning(
+                "Memory ran out with micro-batches of %d sample%s. (%s)", size, "s" if size > 1 else "", outcome.message
+            )
         raise _nothing_fits(outcome)
 
     return with_a_size_that_fits
+
+
+def _check_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Whether the function takes the two numbers before the caller's own arguments."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise InvalidInput(
+            f"find_executable_batch_size calls {name}(batch_size, accumulation_steps, ...) with both numbers first, "
+            f"but it cannot be called so here: {error}. Have it take the two, and call it without them."
+        ) from error
 
 
 def _share(target: int) -> int:

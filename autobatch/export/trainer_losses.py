@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -33,6 +33,7 @@ def caveats(actor: Any, plan: TrainingPlan, loader: DataLoader[Any]) -> Iterator
             "auto_find_batch_size is on: where memory runs out, the Trainer starts again with smaller batches, and "
             f"optimizer steps are no longer of {plan.target_batch_size} samples. Turn it off."
         )
+    yield from _short_steps(actor.args, plan, loader)
     name, steps = type(actor.model).__name__, plan.accumulation_steps
     batch = loader.collate_fn(list(islice(iter(loader.dataset), 2)))
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
@@ -57,6 +58,20 @@ def caveats(actor: Any, plan: TrainingPlan, loader: DataLoader[Any]) -> Iterator
         yield (
             f"the Trainer divides the loss of {name} by {items} labels where its mean is over "
             f"{items * once / mean:.0f}: gradients are about {once / mean:.0%} of the batch's, whatever the sizes."
+        )
+
+
+def _short_steps(args: Any, plan: TrainingPlan, loader: DataLoader[Any]) -> Iterator[str]:
+    """What `dataloader_drop_last` leaves: it drops micro-batches."""
+    if not args.dataloader_drop_last or not isinstance(loader.dataset, Sized):
+        return
+    together = plan.micro_batch_size * plan.world_size
+    left = len(loader.dataset) // together % plan.accumulation_steps
+    if left:
+        yield (
+            "dataloader_drop_last drops an epoch's last micro-batch where that is smaller, not its last optimizer "
+            f"step, which has {left * together} of {plan.target_batch_size} samples here. Train on a multiple of "
+            f"{plan.target_batch_size} samples where that matters."
         )
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import itemgetter
 from typing import Any
 
@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from autobatch import batches
 from autobatch.devices import oom
 from autobatch.errors import InvalidInput
-from autobatch.training.candidates import SAMPLES, Candidate, candidates_in, counts_by_sample, telling_parts
+from autobatch.training.candidates import (
+    SAMPLES,
+    Candidate,
+    candidates_in,
+    counts_by_sample,
+    marked_in,
+    telling_parts,
+    unknown,
+)
 from autobatch.training.sync import Stranded, Sync
 from autobatch.training.undo import StepStart
 
@@ -35,7 +43,7 @@ SLACK, SMALL = 10, 0.1
 of the scores that it was made from is left of it."""
 SAME, LITTLE = 1e-9, 0.02
 """Weights that differ by no more than this share of them are the same; are not worth a warning."""
-LOOKS = 3
+LOOKS = 12
 """How often it is run at most in a step before the likeliest of the candidates that are left is taken."""
 RECHECKED = 10
 """The step in which what was found out is run again; then at ten times that, and so on."""
@@ -57,8 +65,15 @@ class Look:
 
     @property
     def tells(self) -> bool:
-        """Whether anything can be told from it: a part in which nothing counts has no loss."""
-        return all(map(math.isfinite, self.losses))
+        """Whether anything can be told from it: a part in which nothing counts may have no loss, but then both together
+        have that of the other."""
+        *apart, together = map(math.isfinite, self.losses)
+        return together and any(apart)
+
+    @property
+    def silence(self) -> str:
+        """Why nothing can be told from it."""
+        return f"the loss of {self.parts[-1][1]} samples is {self.losses[-1]}, and so tells nothing"
 
     def fits(self, one: Candidate, slack: bool = False) -> bool:
         """Whether a candidate foretells the loss of both parts together."""
@@ -68,8 +83,8 @@ class Look:
         weights, total = ([1.0, 1.0], 1.0) if one.is_sum else (counts, sum(counts))
         if not total:
             return False
-        foretold = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / total
-        largest = max(map(abs, self.losses))
+        foretold = sum(weight * loss for weight, loss in zip(weights, losses, strict=True) if weight) / total
+        largest = max(abs(loss) for loss in self.losses if math.isfinite(loss))
         tolerance = self.tolerance * (SLACK * max(largest, SMALL) if slack else largest)
         return abs(foretold - together) <= tolerance
 
@@ -120,21 +135,32 @@ class Evidence:
                 another in the model's passes, and could not be caught up with.
             Stranded: it cannot, and other ranks are left waiting.
         """
-        if not self.candidates:
-            self.candidates = list(candidates_in(batch, layout))
-            self.left = self.candidates
         self._steps += 1
         again = self._steps == self._recheck
         if again:
             self._recheck *= 10
         whole = [batch] if layout.size == sum(samples) else micros
         most = 3 if max(samples) > 2 else 2
+        new = False
+        if not self.candidates:
+            new = self._add(candidates_in(batch, layout))
+        # Where means over samples are ruled out, what does not count has shown, and further values are not it.
+        if len(self.left) > 1 and SAMPLES in self.left and (self._steps < RECHECKED or self._steps % RECHECKED == 0):
+            new |= self._add(marked_in(batch, layout))
         if len(self.left) > 1:
-            self._narrow(batch, layout, whole, samples, most, SAME if again else self._undecided)
+            self._narrow(batch, layout, whole, samples, most, SAME if again or new else self._undecided)
         elif again and self._difference(self.candidates, whole, samples)[0] > SAME:
             self._doubt(batch, layout, most)
         taken = self.left[0]
         return taken, _counts_of([taken], whole, samples)[0]
+
+    def _add(self, found: Iterable[Candidate]) -> bool:
+        """Take these for what the loss may be, too; whether any of them is new. A collective."""
+        of_ranks = self.sync.gather(unknown(found, self.candidates))
+        new = unknown(chain.from_iterable(of_ranks), self.candidates)
+        self.candidates = [*self.candidates, *new]
+        self.left = [*self.left, *new]
+        return bool(new)
 
     def _narrow(
         self,
@@ -146,6 +172,7 @@ class Evidence:
         enough: float,
     ) -> None:
         """Look until those that are left differ by no more than that. A collective."""
+        silence = ""
         for _ in range(LOOKS):
             if self._difference(self.left, whole, samples)[0] <= enough:
                 return
@@ -159,12 +186,17 @@ class Evidence:
                 _warn(f"{SAMPLES.words}, but {problem or 'ranks found it to be different things'}")
                 self.left, self._recheck = [SAMPLES], 0
                 return
+            if len(fitting) == len(self.left):  # as would be by another look at the same samples
+                silence = next(filter(None, self.sync.gather("" if look.tells else look.silence)), "")
+                break
             self.left = fitting
         difference, other = self._difference(self.left, whole, samples)
         if difference > SAME:
             self._undecided = 2 * difference  # more of one may tell
         if difference > LITTLE:
-            _warn(f"{self.left[0].words}, but may also be {other.words}: the samples at hand do not tell")
+            _warn(
+                f"{self.left[0].words}, but may also be {other.words}: {silence or 'the samples at hand do not tell'}"
+            )
 
     def _doubt(self, batch: Any, layout: batches.Layout, most: int) -> None:
         """See whether the one that is left still foretells the loss. A collective."""

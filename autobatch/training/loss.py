@@ -39,10 +39,8 @@ def training_loss(
         batch: one collated batch, by which the inputs and the target are told apart.
 
     Raises:
-        InvalidInput: both are given, or none and the model has no loss of its own.
+        InvalidInput: none is given, and the model has no loss of its own.
     """
-    if loss is not None and training_step is not None:
-        raise InvalidInput("loss and training_step are both given; training_step computes the loss. Pass one of them.")
     if training_step is not None:
         return TrainingLoss(training_step)
     model = getattr(model, "_orig_mod", model)

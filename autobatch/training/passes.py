@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autobatch.errors import InvalidInput
+from autobatch.devices import oom
+from autobatch.errors import InvalidInput, add_note
 from autobatch.precision import Precision
 from autobatch.training.batchnorm import RunningStatistics
 from autobatch.training.results import StepResult
@@ -42,7 +43,17 @@ class MicroBatch:
             What the optimizer step came to, with the last of its micro-batches; else None.
         """
         with self._telling():
-            return self._backward(self._own_loss() if loss is None else loss)
+            try:
+                return self._backward(self._own_loss() if loss is None else loss)
+            except Exception as error:
+                if oom.classify(error) is not None:
+                    add_note(
+                        error,
+                        "autobatch: micro-batches of accumulate() are the loader's, so that this step cannot be run "
+                        "again in smaller ones. Have the loader yield those of a plan by "
+                        "fit(..., max_micro_batch=...), or give whole batches to stepper.step(batch), which recovers.",
+                    )
+                raise
 
 
 class Passes:
@@ -114,7 +125,8 @@ class Passes:
                 if ran != i + 1:
                     raise InvalidInput("call backward() of each micro-batch that accumulate() yields, once.")
         finally:
-            self._statistics.end()
+            if ran <= last:  # else that was done, and the model may be in another step
+                self._statistics.end()
 
     def _nothing(self) -> Tensor:
         """The sum of no losses; the same type on all ranks, whatever they have run."""

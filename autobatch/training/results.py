@@ -37,6 +37,6 @@ class Shrunk:
     to_size: int
     """The largest from then on."""
     rank: int
-    """The rank that ran out; the first of several."""
+    """The rank that ran out; of several, that with the largest micro-batch."""
     message: str
     """What torch said."""

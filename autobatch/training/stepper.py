@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from autobatch import batches
 from autobatch.devices import oom
 from autobatch.errors import InvalidInput, NothingFits, RankFailed
 from autobatch.plan import TrainingPlan
@@ -61,6 +62,21 @@ class Stepper:
             raise InvalidInput(
                 "ReduceLROnPlateau is stepped with a metric, once an epoch. Do that yourself, and pass no scheduler."
             )
+        if loss is not None and training_step is not None:
+            raise InvalidInput(
+                "loss and training_step are both given; training_step computes the loss. Pass one of them."
+            )
+        scheduled = getattr(scheduler, "optimizer", optimizer)
+        if scheduled.param_groups is not optimizer.param_groups:  # of one that is wrapped these are the same
+            raise InvalidInput(
+                "scheduler moves the learning rates of another optimizer. Make it with the one that is passed here."
+            )
+        parameters = set(model.parameters())
+        if parameters.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
+            raise InvalidInput(
+                "no parameter of the optimizer is one of the model, so that training would change nothing. Make the "
+                "optimizer from the parameters of this model, after it was moved, wrapped or copied."
+            )
         self._plan = plan
         self._model = model
         self._modules = list(model.modules())
@@ -78,7 +94,9 @@ class Stepper:
         self._start = StepStart(self._sync.inner, self._device)
         self._recover = recover
         self._parts: tuple[Cutter, Passes] | None = None
-        self._largest = max(plan.micro_batch_sizes)
+        self._shrunk_to: int | None = None
+        self._open: Window | None = None
+        """Of the micro-batches of which the caller has run some, but not all."""
         self.steps = 0
         """Optimizer steps so far."""
         self.events: list[Shrunk] = []
@@ -89,6 +107,12 @@ class Stepper:
         """This rank's micro-batches of a full optimizer step, as they are run now."""
         return sizes_for(self._plan, sum(self._plan.micro_batch_sizes), self._largest)
 
+    @property
+    def _largest(self) -> int:
+        """The samples of a micro-batch, at most."""
+        own = max(self._plan.micro_batch_sizes)
+        return own if self._shrunk_to is None else min(own, self._shrunk_to)
+
     def step(self, batch: Any) -> StepResult:
         """Do one optimizer step with this rank's share of the target, or with a loader's smaller last batch.
 
@@ -96,11 +120,13 @@ class Stepper:
         the step found it, and it is run again in smaller micro-batches, on all ranks.
 
         Raises:
-            InvalidInput: the batch cannot be cut, or has more samples than the plan's share.
+            InvalidInput: the batch cannot be cut, has more samples than the plan's share, or comes amid the
+                micro-batches of `accumulate`.
             NothingFits: memory runs out with the smallest micro-batches, too.
             RankFailed: another rank failed, or is missing.
             Exception: whatever the model's own code raises.
         """
+        self._refuse_while_open()
         with self._leaving_no_gradients():
             return self._step(batch)
 
@@ -154,42 +180,56 @@ class Stepper:
             yield from self._through(micros)
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on from a checkpoint: steps, the size of micro-batches, events, the scaler. Model, optimizer and
-        scheduler have states of their own."""
+        """What goes on from a checkpoint: steps, the size that micro-batches have shrunk to (None: they never have),
+        events, the scaler. Model, optimizer and scheduler have states of their own."""
         return {
             "steps": self.steps,
-            "largest": self._largest,
+            "largest": self._shrunk_to,
             "events": [asdict(event) for event in self.events],
             "scaler": self._scaler.state_dict() if self._scaler else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Micro-batches are never larger than this plan's own.
+        """Go on where `state_dict` was taken. Micro-batches are no larger than this plan's own, nor than what they had
+        shrunk to.
 
         Raises:
             InvalidInput: it is no such state.
         """
         try:
-            steps, largest = int(state["steps"]), int(state["largest"])
+            steps, largest = int(state["steps"]), state["largest"]
+            shrunk_to = None if largest is None else int(largest)
             events = [Shrunk(**event) for event in state["events"]]
             scaler = state["scaler"]
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"this is no state of a stepper: {error!r}. Pass what state_dict() gave.") from error
         if self._scaler and scaler:
             self._scaler.load_state_dict(scaler)
-        self.steps, self.events = steps, events
-        self._largest = min(largest, max(self._plan.micro_batch_sizes))
+        self.steps, self.events, self._shrunk_to = steps, events, shrunk_to
 
     def _parts_for(self, batch: Any) -> tuple[Cutter, Passes]:
         """What cuts batches and runs them: made when the first batch shows what it is made of."""
         if self._parts is None:
+            arrays = list(batches.arrays(batch))
+            if arrays and not any(isinstance(array, Tensor) for array in arrays):
+                raise InvalidInput(
+                    f"the batch has NumPy arrays and no tensors: {batches.describe(batch)}. Make tensors of them, as "
+                    "torch.utils.data.default_collate does, or torch.as_tensor."
+                )
             if not self._model.training:
                 warnings.warn(
                     "the model is in evaluation mode, without dropout and with fixed statistics, and is trained so. "
                     "The plan was made in training mode: model.train().",
                     stacklevel=3,
                 )
-            found = training_loss(self._sync.inner, batch, *self._loss)
+            try:
+                found = training_loss(self._sync.inner, batch, *self._loss)
+            except InvalidInput as error:
+                if self._told is None:
+                    raise
+                found = TrainingLoss(
+                    partial(_raise, error)
+                )  # which is not asked for where the caller brings the losses
             context = partial(autocast, self._plan.precision, self._device)
             # Ranks that wait for one another fail together in the first of these, or not at all.
             one = self._plan.precision == "fp32" or not self._sync.alone
@@ -243,14 +283,15 @@ class Stepper:
         if not losers:
             return False
         self._undo()
-        message = self._sync.gather("" if isinstance(outcome, Tensor) else _in_words(outcome))[losers[0]]
+        first = max(losers, key=lambda rank: rows[rank][1])  # from whose size they shrink
+        message = self._sync.gather("" if isinstance(outcome, Tensor) else _in_words(outcome))[first]
         if self._plan.rank_shares:  # then ranks have sizes of their own, and each shrinks from its own
             smaller = {rank: smaller_size(self._plan, int(rows[rank][1]), [int(rows[rank][2])]) for rank in losers}
         else:
-            largest = int(max(rows[rank][1] for rank in losers))
-            smaller = dict.fromkeys(range(len(rows)), smaller_size(self._plan, largest, [int(row[2]) for row in rows]))
-        size = int(rows[losers[0]][1])
-        event = Shrunk(self.steps, size, smaller[losers[0]] or 0, losers[0], message)
+            to = smaller_size(self._plan, int(rows[first][1]), [int(row[2]) for row in rows])
+            smaller = dict.fromkeys(range(len(rows)), to)
+        size = int(rows[first][1])
+        event = Shrunk(self.steps, size, smaller[first] or 0, first, message)
         if None in smaller.values():
             raise NothingFits(
                 f"memory ran out in optimizer step {self.steps} with micro-batches of {size} "
@@ -259,15 +300,18 @@ class Stepper:
                 needed_bytes=None,
                 budget_bytes=self._plan.budget_bytes,
             )
-        self._largest = min(self._largest, smaller.get(self._sync.rank) or self._largest)
+        own = smaller.get(self._sync.rank)
+        if own is not None:
+            self._shrunk_to = min(self._largest, own)
         self.events.append(event)
-        if self._sync.rank == losers[0]:  # once, not by every rank
+        if self._sync.rank == first:  # once, not by every rank
             _log.warning(
-                "Memory ran out in optimizer step %d%s with micro-batches of %d samples. The step was undone; it is "
+                "Memory ran out in optimizer step %d%s with micro-batches of %d sample%s. The step was undone; it is "
                 "run again, and training goes on, with at most %d. (%s)",
                 event.step,
                 f" on rank {event.rank}" if len(rows) > 1 else "",
                 event.from_size,
+                "s" if event.from_size > 1 else "",
                 event.to_size,
                 message,
             )
@@ -301,17 +345,34 @@ class Stepper:
         if self._scheduler is not None and not skipped:
             self._scheduler.step()
         self.steps += 1
+        self._open = None
         return StepResult(self._sync.mean(loss), norm, skipped, window.whole, len(window.micros))
 
     def _through(self, micros: list[Any]) -> Iterator[MicroBatch]:
         """The micro-batches of one optimizer step, which ends with the last."""
+        self._refuse_while_open()
         with self._leaving_no_gradients(), self._failing_together():
             cutter, passes = self._parts_for(micros[0])
             window = cutter.gathered(micros)
             self._drop_gradients()
-            # Ranks that wait for this one within the passes cannot be told that it failed.
-            telling = self._failing_together if self._sync.apart else nullcontext
-            yield from passes.in_turn(window, self._finish, telling)
+        self._open = window
+        # Ranks that wait for this one within the passes cannot be told that it failed.
+        telling = self._failing_together if self._sync.apart else nullcontext
+        try:
+            with self._failing_together():
+                yield from passes.in_turn(window, self._finish, telling)
+        finally:
+            if self._open is window:  # else it came to its end, and there may be gradients of another
+                self._open = None
+                self._drop_gradients()
+
+    def _refuse_while_open(self) -> None:
+        """Another step would drop what the micro-batches of `accumulate` have added up."""
+        if self._open:
+            raise InvalidInput(
+                "an optimizer step of accumulate() is still open, and another one would drop its gradients. Run its "
+                "micro-batches to the end first, or break it off: close() of what accumulate() returned."
+            )
 
     def _drop_gradients(self) -> None:
         """Those of parameters that the optimizer does not know, too: they would add up from step to step."""
@@ -343,6 +404,10 @@ class Stepper:
         except Exception as error:
             self._sync.meet([], f"{type(error).__name__}: {error}")
             raise
+
+
+def _raise(error: Exception, *_: Any) -> Tensor:
+    raise error
 
 
 def _loss_there(loss: TrainingLoss, device: torch.device, model: nn.Module, micro: Any) -> Tensor:
