@@ -89,6 +89,8 @@ class TrainingPlan(Data):
     verified: bool
     """Whether every size named in `micro_batch_sizes` ran whole training steps within the budget."""
     precision: Precision = "fp32"
+    knobs: dict[str, str] = Field(default_factory=dict)
+    """What was changed about the training step beside its sizes and precision, by `tune`: see `apply`."""
     batch_dims: dict[str, int | None] = Field(default_factory=dict)
     """The batch dimension of every tensor of a batch, by its name in it ("0", "labels"); None where samples share it.
     Empty where that is not known."""
@@ -235,6 +237,22 @@ class TrainingPlan(Data):
                 + f": {batches.describe(batch)}. Have the loader make batches of {share}."
             )
         return layout
+
+    def apply(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        """Change a model, and its optimizer, for training as the plan's knobs say; once, before the first step.
+        Without knobs, nothing happens. Precision is no part of it: `stepper` and `code` see to that.
+
+        Args:
+            model: the model, on its device, before it is wrapped in DistributedDataParallel or `fully_shard`.
+            optimizer: where the knob `optimizer` is among them.
+
+        Raises:
+            InvalidInput: the optimizer is needed, or it or the model has no such knob.
+        """
+        if self.knobs:
+            from autobatch.tuning.configuration import apply_for_training
+
+            apply_for_training(self.knobs, model, optimizer)
 
     def stepper(
         self,
