@@ -125,7 +125,7 @@ class Attempts:
     def speed_of(self, size: int) -> float:
         """Samples per second in the latest trial of that size that fitted; 0 where none was timed."""
         timed = (trial for trial in reversed(self.trials) if trial.fits and trial.micro_batch_size == size)
-        return next((sum(trial.micro_batch_sizes) / trial.step_seconds for trial in timed if trial.step_seconds), 0.0)
+        return next((trial.samples_per_second for trial in timed if trial.step_seconds), 0.0)
 
     def _note(self, trial: Trial) -> None:
         self.trials.append(trial)
