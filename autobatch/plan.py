@@ -20,6 +20,7 @@ from autobatch.files import write_whole
 from autobatch.precision import Precision
 from autobatch.sizes import in_steps, micro_batches, split_evenly
 from autobatch.trial import Bytes, Data, DeviceInfo, Samples, Trial, complaint
+from autobatch.tuned import Throughput, Tried
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -91,6 +92,10 @@ class TrainingPlan(Data):
     precision: Precision = "fp32"
     knobs: dict[str, str] = Field(default_factory=dict)
     """What was changed about the training step beside its sizes and precision, by `tune`: see `apply`."""
+    throughput: Throughput | None = None
+    """How fast it is, where `tune` made it."""
+    tried: tuple[Tried, ...] = ()
+    """The configurations of knobs that `tune` tried."""
     batch_dims: dict[str, int | None] = Field(default_factory=dict)
     """The batch dimension of every tensor of a batch, by its name in it ("0", "labels"); None where samples share it.
     Empty where that is not known."""

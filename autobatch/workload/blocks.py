@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch._dynamo  # checkpoint imports it in its first call: no trial has to pay the time of it
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
