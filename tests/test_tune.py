@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from threading import Thread
 
 import optuna
 import pytest
@@ -198,6 +200,22 @@ storage = {storage}
 plan = test_tune.tune(knobs=["optimizer"], storage=storage, study_name="shared", progress=tell)
 print("tried", len(plan.tried), flush=True)
 """
+
+
+def test_a_process_with_nothing_left_to_do_waits_for_what_another_finds() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    plans: list[TrainingPlan] = []
+
+    def other_comes(event) -> None:
+        if isinstance(event, ConfigurationStarted):
+            threads.append(Thread(target=lambda: plans.append(tune(storage=storage, knobs=[], study_name="one"))))
+            threads[0].start()
+            time.sleep(2)
+
+    threads: list[Thread] = []
+    plans.append(tune(storage=storage, knobs=[], study_name="one", progress=other_comes))
+    threads[0].join()
+    assert plans[0].tried == plans[1].tried and len(plans[0].tried) == 1
 
 
 def start(storage: str) -> subprocess.Popen:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 4
 """The search ends after this many configurations, or as many as there are knobs, without a faster one."""
+WAIT = 0.5
+"""Seconds between looks at what other processes do, where they have all that is left."""
 
 
 def tune(
@@ -123,9 +125,12 @@ class _Tuning:
     def run(self) -> TrainingPlan:
         while not self._done():
             with self.record.claimed() as claim:
-                if claim is None:
-                    break
-                self._try(claim)
+                if claim is not None:
+                    self._try(claim)
+                    continue
+            if not self.record.others_at_work():
+                break
+            time.sleep(WAIT)  # for what they find, or for what they leave
         return self._answer()
 
     def _done(self) -> bool:
