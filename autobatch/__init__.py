@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autobatch.fitting import fit
     from autobatch.plan import TrainingPlan
     from autobatch.trial import DeviceInfo, Trial, Verdict
+    from autobatch.tuning.tune import tune
     from autobatch.workload.workload import Workload
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOMES = {
     "Estimate": "autobatch.estimates",
     "estimate": "autobatch.estimating",
     "fit": "autobatch.fitting",
+    "tune": "autobatch.tuning.tune",
     "Workload": "autobatch.workload.workload",
     "TrainingPlan": "autobatch.plan",
     **dict.fromkeys(["DeviceInfo", "Trial", "Verdict"], "autobatch.trial"),
@@ -77,6 +79,7 @@ __all__ = [
     "WorkloadNotPortable",
     "estimate",
     "fit",
+    "tune",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -15,18 +15,16 @@ from torch.optim import Optimizer
 
 import autobatch
 from autobatch import ranks
-from autobatch.devices import get_device
 from autobatch.devices.base import Device
-from autobatch.errors import AutobatchError, InvalidInput, NothingFits, NotTraceable
+from autobatch.errors import AutobatchError, NothingFits
 from autobatch.plan import TrainingPlan
 from autobatch.precision import Precision
 from autobatch.prediction.accuracy import ERROR_BOUND
-from autobatch.prediction.prior import line_near
 from autobatch.probing import Answer, Attempts, Question, probe
-from autobatch.progress import OnProgress, SearchStarted
-from autobatch.units import format_bytes, parse_bytes
-from autobatch.workload import Workload, as_workload, resolve
-from autobatch.workload.state import preserved
+from autobatch.progress import OnProgress
+from autobatch.session import Session, opened
+from autobatch.units import format_bytes
+from autobatch.workload import Workload, as_workload
 from autobatch.workload.step import TrainingStep, require_trainable
 
 WORTH_SAYING = 0.005
@@ -89,69 +87,14 @@ def fit(
         DeviceUnavailable, DevicePoisoned, TrialCrashed, WorkloadNotPortable, NotTraceable: see `autobatch.errors`.
         Exception: whatever the model's own code raises, as it is, with the micro-batch size in a note.
     """
-    if progress is not None and not callable(progress):
-        raise InvalidInput(f"progress must be callable with one event, but is {progress!r}.")
     workload = as_workload(model, data, loss, training_step, optimizer, precision)
     question = Question.checked(target, headroom, world_size, max_micro_batch, exact, per_rank)
-    place = _device_of(workload.model) if device is None else device
-    with ExitStack() as stack:
-        with preserved(workload, tensors=False), ranks.failing_together(question.together):
-            limit = None if memory_limit is None else parse_bytes(memory_limit)
-            spot = stack.enter_context(closing(get_device(place, limit)))
-            spot.prepare()
-            _same_on_all(question)
-            step = resolve(workload)
-            budget = int(spot.limit_bytes * (1 - max(headroom, spot.least_headroom))) - step.reserve_bytes
-            with spot.trials(step, budget) as run:
-                settled = spot.settled_bytes - step.reserve_bytes
-                attempt = Attempts(
-                    run,
-                    budget,
-                    progress or (lambda event: None),
-                    settled,
-                    spot.jump_bytes,
-                    exact=question.exact or spot.trials_are_cheap,
-                    prior=_prior(spot, step, budget),
-                )
-                attempt.progress(SearchStarted(spot.info, budget, spot.limit_bytes, question.cap))
-                answer = probe(attempt, step, question)
-            if answer is None:
-                unlimited = None if memory_limit is None else lambda: get_device(place)
-                raise _nothing_fits(spot, step, question, attempt, unlimited)
-        return _plan(answer, spot, step, question, attempt)
-
-
-def _same_on_all(question: Question) -> None:
-    """Check that all ranks ask for the same thing.
-
-    Raises:
-        InvalidInput: they do not.
-    """
-    asked = question.gather((question.target, question.per_rank))
-    if len(set(asked)) > 1:
-        told = ", ".join(f"{target} on rank {rank}" for rank, (target, _) in enumerate(asked))
-        raise InvalidInput(
-            f"the ranks of a group share one target, but ask for different ones: {told}. Call fit with the same target "
-            "and the same per_rank on all."
-        )
-
-
-def _device_of(model: nn.Module) -> object:
-    """The GPU that the model is on already, or None: the choice is open."""
-    on = next((tensor.device for tensor in model.parameters()), None)
-    return on if on is not None and on.type == "cuda" else None
-
-
-def _prior(spot: Device, step: TrainingStep, budget_bytes: int) -> Callable[[int], float] | None:
-    predicted = spot.predicted
-    if predicted is None:
-        return None
-    try:
-        return line_near(lambda n: predicted((n, n)), budget_bytes, step.min_micro_batch)
-    except NotTraceable:
-        if spot.info.type == "simulated":
-            raise
-        return None  # a first guess is all that it would be
+    with opened(workload, question, device, memory_limit, progress) as session:
+        with session.trials() as attempt:
+            answer = probe(attempt, session.step, question)
+        if answer is None:
+            raise nothing_fits(session, attempt)
+        return plan_of(answer, session, session.step, attempt)
 
 
 def _needed(attempt: Attempts, step: TrainingStep, unlimited: Callable[[], Device] | None) -> int | None:
@@ -166,17 +109,12 @@ def _needed(attempt: Attempts, step: TrainingStep, unlimited: Callable[[], Devic
     return None if peak is None else max(peak, attempt.budget_bytes + 1) + step.reserve_bytes
 
 
-def _nothing_fits(
-    spot: Device,
-    step: TrainingStep,
-    question: Question,
-    attempt: Attempts,
-    unlimited: Callable[[], Device] | None,
-) -> NothingFits:
+def nothing_fits(session: Session, attempt: Attempts) -> NothingFits:
     """What all ranks raise: the numbers are those of the first on which nothing fits."""
+    spot, step, question = session.spot, session.step, session.question
     own = None
     if not attempt.smallest.fits:
-        needed = _needed(attempt, step, unlimited)
+        needed = _needed(attempt, step, session.unlimited)
         own = _in_words(spot, step, question, attempt, needed), needed, attempt.budget_bytes
     rank, (words, needed, budget) = next((rank, said) for rank, said in enumerate(question.gather(own)) if said)
     where = f" on rank {rank}" if question.together and question.world_size > 1 else ""
@@ -203,7 +141,13 @@ def _in_words(spot: Device, step: TrainingStep, question: Question, attempt: Att
     )
 
 
-def _plan(answer: Answer, spot: Device, step: TrainingStep, question: Question, attempt: Attempts) -> TrainingPlan:
+def plan_of(answer: Answer, session: Session, step: TrainingStep, attempt: Attempts) -> TrainingPlan:
+    """The plan that trials have shown.
+
+    Args:
+        step: what ran in them: the session's, or another configuration of it.
+    """
+    spot, question = session.spot, session.question
     headroom = max(question.headroom, spot.least_headroom)
     simulated = spot.info.type == "simulated"
     peak = max(t.peak_bytes or 0 for t in attempt.trials if t.fits and set(t.micro_batch_sizes) & set(answer.sizes))
@@ -229,7 +173,9 @@ def _plan(answer: Answer, spot: Device, step: TrainingStep, question: Question, 
         device=spot.info,
         versions=_versions(),
         assumptions=(*step.assumptions, *spot.assumptions),
-        warnings=(*step.warnings, *spot.warnings, *_warnings(answer, step, question, attempt, headroom)),
+        warnings=tuple(
+            dict.fromkeys((*step.warnings, *spot.warnings, *_warnings(answer, step, question, attempt, headroom)))
+        ),
     )
     if answer.rank_shares or not question.world_size == ranks.world_size() > 1:
         return plan

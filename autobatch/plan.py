@@ -20,6 +20,7 @@ from autobatch.files import write_whole
 from autobatch.precision import Precision
 from autobatch.sizes import in_steps, micro_batches, split_evenly
 from autobatch.trial import Bytes, Data, DeviceInfo, Samples, Trial, complaint
+from autobatch.tuned import Throughput, Tried
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -89,6 +90,12 @@ class TrainingPlan(Data):
     verified: bool
     """Whether every size named in `micro_batch_sizes` ran whole training steps within the budget."""
     precision: Precision = "fp32"
+    knobs: dict[str, str] = Field(default_factory=dict)
+    """What was changed about the training step beside its sizes and precision, by `tune`: see `apply`."""
+    throughput: Throughput | None = None
+    """How fast it is, where `tune` made it."""
+    tried: tuple[Tried, ...] = ()
+    """The configurations of knobs that `tune` tried."""
     batch_dims: dict[str, int | None] = Field(default_factory=dict)
     """The batch dimension of every tensor of a batch, by its name in it ("0", "labels"); None where samples share it.
     Empty where that is not known."""
@@ -239,6 +246,22 @@ class TrainingPlan(Data):
                 + f": {batches.describe(batch)}. Have the loader make batches of {share}."
             )
         return layout
+
+    def apply(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        """Change a model, and its optimizer, for training as the plan's knobs say; once, before the first step.
+        Without knobs, nothing happens. Precision is no part of it: `stepper` and `code` see to that.
+
+        Args:
+            model: the model, on its device, before it is wrapped in DistributedDataParallel or `fully_shard`.
+            optimizer: where the knob `optimizer` is among them.
+
+        Raises:
+            InvalidInput: the optimizer is needed, or it or the model has no such knob.
+        """
+        if self.knobs:
+            from autobatch.tuning.configuration import apply_for_training
+
+            apply_for_training(self.knobs, model, optimizer)
 
     def stepper(
         self,

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 
 from autobatch import ranks
 from autobatch.devices.base import RunTrial
+from autobatch.devices.timing import Timing
 from autobatch.errors import InvalidInput
 from autobatch.plan import RankShare
 from autobatch.progress import OnProgress, TrialEnded, TrialStarted
@@ -102,17 +103,17 @@ class Attempts:
     sizes_confirmed: set[int] = field(default_factory=set)
     """Every size that ran within the budget, as thoroughly as the device asks for."""
 
-    def __call__(self, sizes: tuple[int, ...], thorough: bool = False) -> Trial:
+    def __call__(self, sizes: tuple[int, ...], thorough: bool = False, timing: Timing | None = None) -> Trial:
         self.progress(TrialStarted(max(sizes)))
         try:
-            trial = self.run(sizes, thorough)
+            trial = self.run(sizes, thorough, timing)
         except Exception as error:
             self._note(
                 Trial(micro_batch_sizes=sizes, verdict=Verdict.FAILED, detail=f"{type(error).__name__}: {error}")
             )
             raise
         settled = (trial.peak_bytes or 0) <= self.settled_bytes
-        if trial.fits and (thorough or settled):
+        if trial.fits and (thorough or settled or timing):
             self.sizes_confirmed.update(sizes)
         self._note(trial)
         return trial
@@ -125,7 +126,7 @@ class Attempts:
     def speed_of(self, size: int) -> float:
         """Samples per second in the latest trial of that size that fitted; 0 where none was timed."""
         timed = (trial for trial in reversed(self.trials) if trial.fits and trial.micro_batch_size == size)
-        return next((sum(trial.micro_batch_sizes) / trial.step_seconds for trial in timed if trial.step_seconds), 0.0)
+        return next((trial.samples_per_second for trial in timed if trial.step_seconds), 0.0)
 
     def _note(self, trial: Trial) -> None:
         self.trials.append(trial)

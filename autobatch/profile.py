@@ -119,5 +119,5 @@ def profile_device(
 
 
 def _throughput(trials: list[Trial]) -> float | None:
-    rates = (sum(trial.micro_batch_sizes) / trial.step_seconds for trial in trials if trial.step_seconds)
+    rates = (trial.samples_per_second for trial in trials if trial.step_seconds)
     return next(rates, None)

@@ -1,11 +1,12 @@
-"""What `fit` says while it works: the events that its `progress` callable gets, in the order in which they happen."""
+"""What `fit` and `tune` say while they work: the events that their `progress` callable gets, in order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from autobatch.trial import DeviceInfo, Trial
+from autobatch.tuned import Tried
 
 
 @dataclass(frozen=True)
@@ -37,5 +38,23 @@ class TrialEnded:
     """The budget that the trial was judged by."""
 
 
-ProgressEvent = SearchStarted | TrialStarted | TrialEnded
+@dataclass(frozen=True)
+class ConfigurationStarted:
+    """`tune` is about to try a configuration; the events of its search follow."""
+
+    knobs: Mapping[str, str]
+    number: int
+    """How many have been claimed in the study before it."""
+
+
+@dataclass(frozen=True)
+class ConfigurationEnded:
+    """`tune` has tried a configuration."""
+
+    tried: Tried
+    best: Tried | None
+    """The fastest that fits so far."""
+
+
+ProgressEvent = SearchStarted | TrialStarted | TrialEnded | ConfigurationStarted | ConfigurationEnded
 OnProgress = Callable[[ProgressEvent], None]

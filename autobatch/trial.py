@@ -95,7 +95,10 @@ class Trial(Data):
     seconds: float = 0.0
     """Wall time of the whole trial."""
     step_seconds: float | None = None
-    """Wall time of the measured optimizer step."""
+    """Wall time of the measured optimizer step; the median, where it was repeated."""
+    repeated_seconds: tuple[float, ...] = ()
+    """The time of each run of the measured step, where it was repeated to be timed: wall time without that of making
+    batches; on CUDA by the device's own clock."""
     detail: str = ""
     """What happened, in a few words, where the verdict does not say it all."""
 
@@ -103,6 +106,11 @@ class Trial(Data):
     def micro_batch_size(self) -> int:
         """The largest micro-batch of the trial."""
         return max(self.micro_batch_sizes)
+
+    @property
+    def samples_per_second(self) -> float:
+        """The speed of the measured step; 0 where it was not timed."""
+        return sum(self.micro_batch_sizes) / self.step_seconds if self.step_seconds else 0.0
 
     @property
     def fits(self) -> bool:

@@ -65,7 +65,7 @@ class Cpu:
     def settled(self) -> int:
         return int(self.limit * 6 / 7)
 
-    def run(self, sizes: tuple[int, ...], thorough: bool = False) -> Trial:
+    def run(self, sizes: tuple[int, ...], thorough: bool = False, timing: object = None) -> Trial:
         """One trial, as `CpuDevice` runs it."""
         n = max(sizes)
         jump = 1 + random.Random(f"{self.seed} {n}").uniform(-self.noise, self.noise) / 2

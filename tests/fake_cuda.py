@@ -1,6 +1,7 @@
 """A CUDA device's memory that is not there, and training steps that take as much of it as they say."""
 
 import os
+import time
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -104,6 +105,11 @@ class FakeMemory:
     def synchronize(self):
         if self.poisoned:
             raise RuntimeError(POISON)
+
+    def seconds_of(self, work):
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
 
     def as_current(self):
         return nullcontext()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from torch import nn
 
 from autobatch.devices import process_memory
 from autobatch.devices.cpu import CpuDevice
+from autobatch.devices.timing import Timing, timed
 from autobatch.errors import TrialCrashed, WorkloadNotPortable
 from autobatch.trial import Verdict
 from autobatch.workload.step import TrainingStep
@@ -324,3 +326,34 @@ def test_hooks_on_parameters_that_are_not_sent_are_warned_of():
     step.model[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
     with device.trials(step, LIMIT):
         assert any("hooks on parameters (0.weight)" in warning for warning in device.warnings)
+
+
+def test_a_whole_step_is_timed_without_the_making_of_batches():
+    step = step_of(width=2**14)
+
+    def make_batch(n):
+        time.sleep(0.2)
+        return torch.zeros(n, 4)
+
+    slow_to_make = replace(step, make_batch=make_batch)
+    with CpuDevice(LIMIT).trials(slow_to_make, LIMIT) as run_trial:
+        trial = run_trial((16,) * 8, timing=Timing(steps=3))
+    assert trial.fits and len(trial.repeated_seconds) == 3
+    assert trial.samples == 16 * 4 + 3 * 16 * 8
+    assert trial.step_seconds == sorted(trial.repeated_seconds)[1]
+    assert 0 < trial.step_seconds < 8 * 0.2  # the batches alone take that
+
+
+def test_a_step_that_runs_out_while_it_is_timed_does_not_fit():
+    with CpuDevice(LIMIT).trials(step_of(), LIMIT) as run_trial:
+        trial = run_trial((3000, 3000), timing=Timing())
+    assert trial.verdict is Verdict.OUT_OF_MEMORY
+
+
+def test_timing_ends_with_its_time_but_not_before_the_least_of_steps():
+    def step():
+        time.sleep(0.02)
+        return 0.02
+
+    assert len(timed(step, Timing(steps=100, seconds=0.0, least=3))) == 3
+    assert len(timed(step, Timing(steps=4, seconds=60.0))) == 4

@@ -1,12 +1,15 @@
 """Trials on a CUDA device: on a fake one and, where there is one, on a real one."""
 
+import statistics
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from fake_cuda import GIB, MIB, PER_SAMPLE, SEGMENT, FakeMemory, Hungry, a_device, a_step, raise_it, state_of
 
 from autobatch.devices.cuda import CudaMemory
+from autobatch.devices.timing import Timing
 from autobatch.trial import Verdict
 from autobatch.workload.step import TrainingStep
 
@@ -194,3 +197,28 @@ def test_each_trial_meets_the_same_random_numbers(memory):
         run((2,))
         run((2,))
     assert torch.equal(seen[0], seen[2])
+
+
+def test_a_step_is_timed_again_and_again_after_a_warm_up(memory):
+    device, step = a_device(memory), a_step(memory)
+    made = []
+    counted = replace(step, make_batch=lambda n: made.append(n) or step.make_batch(n))
+    before = state_of(step)
+    with device.trials(counted, device.limit_bytes) as run:
+        trial = run((4, 4, 3), timing=Timing(steps=4))
+        tight = run((4, 4, 3))
+    assert trial.fits and trial.micro_batch_sizes == (4, 4, 3)
+    assert len(trial.repeated_seconds) == 4 and min(trial.repeated_seconds) > 0
+    assert trial.step_seconds == statistics.median(trial.repeated_seconds)
+    assert trial.samples == 4 * 11
+    assert made[:2] == [4, 3]  # each size once: the GPU is not to wait for batches
+    assert abs(trial.peak_bytes - tight.peak_bytes) < PER_SAMPLE
+    assert state_of(step) == before
+
+
+def test_running_out_while_being_timed_is_a_verdict(memory):
+    device, step = a_device(memory), a_step(memory)
+    with device.trials(step, device.limit_bytes) as run:
+        trial = run((10000,), timing=Timing())
+    assert trial.verdict is Verdict.OUT_OF_MEMORY
+    assert trial.repeated_seconds == ()

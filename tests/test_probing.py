@@ -19,7 +19,7 @@ class Device:
     def __init__(self, budget, growing=()):
         self.budget, self.growing, self.asked = budget, growing, []
 
-    def __call__(self, sizes, thorough=False):
+    def __call__(self, sizes, thorough=False, timing=None):
         self.asked.append((sizes, thorough))
         peak = 100 + 10 * max(sizes) + 200 * (thorough and max(sizes) in self.growing)
         verdict = Verdict.FITS if peak <= self.budget else Verdict.OVER_BUDGET

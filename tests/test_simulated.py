@@ -14,11 +14,13 @@ from autobatch import Estimate, InvalidInput, NothingFits, TrainingPlan, Workloa
 from autobatch.devices import get_device
 from autobatch.devices.simulated import SimulatedDevice
 from autobatch.devices.target import find_target
+from autobatch.devices.timing import Timing
 from autobatch.estimator import Question
 from autobatch.prediction.tracing import traced
 from autobatch.profile import profile_device
 from autobatch.report.tables import profile_view
 from autobatch.units import format_bytes
+from autobatch.workload import resolve
 
 GIB = 1 << 30
 
@@ -267,3 +269,10 @@ def test_what_the_card_cannot_do_as_asked_is_warned_of():
     assert "memory_limit is 20.00 GiB, but a process can have no more than 14.56 GiB" in said
     assert not warnings("a100-40gb", precision="bf16", memory_limit="20GiB")
     assert not warnings("t4", precision="fp16")
+
+
+def test_a_gpu_that_is_not_here_cannot_be_timed():
+    step = resolve(Workload(nn.Linear(4, 1)))
+    told = pytest.raises(InvalidInput, match="how fast a step is cannot be predicted")
+    with get_device("rtx-3090").trials(step, 1 << 34) as run, told:
+        run((2, 2), timing=Timing())

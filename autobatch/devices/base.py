@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
+from autobatch.devices.timing import Timing
 from autobatch.trial import DeviceInfo, Trial
 from autobatch.units import format_bytes
 
@@ -16,15 +17,18 @@ if TYPE_CHECKING:
 class RunTrial(Protocol):
     """Runs one trial."""
 
-    def __call__(self, sizes: tuple[int, ...], thorough: bool = False) -> Trial:
+    def __call__(self, sizes: tuple[int, ...], thorough: bool = False, timing: Timing | None = None) -> Trial:
         """A warm-up step, then one measured optimizer step of these micro-batches.
 
         Args:
             sizes: `(n, n)`, so that the second forward pass happens with gradients held, or `(n,)` where the whole
                 target is one micro-batch.
             thorough: near the budget, go on until the peak no longer grows, where the device's peaks do that.
+            timing: run the measured step, here all of a plan's micro-batches, again and again, and say how long each
+                run took (`Trial.repeated_seconds`). The time for making batches is left out.
 
         Raises:
+            InvalidInput: a step is to be timed on a device that isn't here.
             Exception: what the user's own code raises, as it is.
         """
         ...

@@ -14,6 +14,7 @@ from pathlib import Path
 from autobatch.devices import system_memory
 from autobatch.devices.base import RunTrial
 from autobatch.devices.judging import judge, worse
+from autobatch.devices.timing import Timing
 from autobatch.devices.trial_process import TrialProcess
 from autobatch.devices.trial_server import Outcome, Request, Settling
 from autobatch.errors import DeviceUnavailable
@@ -99,14 +100,18 @@ class CpuDevice:
         assert self._server is not None
         try:
             self._server.load(step)
-            yield lambda sizes, thorough=False: self._run(step, sizes, budget_bytes, thorough)
+            yield lambda sizes, thorough=False, timing=None: self._run(step, sizes, budget_bytes, thorough, timing)
         finally:
             self.close()
 
-    def _run(self, step: TrainingStep, sizes: tuple[int, ...], budget_bytes: int, thorough: bool) -> Trial:
+    def _run(
+        self, step: TrainingStep, sizes: tuple[int, ...], budget_bytes: int, thorough: bool, timing: Timing | None
+    ) -> Trial:
         at_the_edge = budget_bytes >= int(self.limit_bytes * (1 - self.least_headroom)) - step.reserve_bytes
         settling = (AT_THE_EDGE if at_the_edge else CAREFUL) if thorough else None
         request = Request(sizes, self.limit_bytes, self.settled_bytes - step.reserve_bytes, budget_bytes, settling)
+        if timing is not None:
+            return self._try(step, replace(request, timing=timing), budget_bytes)
         worst = self._try(step, request, budget_bytes)
         for heap in range(1, HEAPS if thorough and at_the_edge else 1):
             if not worst.fits or (worst.peak_bytes or 0) <= request.settle_above_bytes:

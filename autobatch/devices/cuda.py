@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 
@@ -20,6 +21,7 @@ from autobatch.devices.cuda_memory import CudaMemory, open_gpu, pci_bus_id
 from autobatch.devices.nvml import GpuProcess, GpuReading, read_gpu
 from autobatch.devices.oom import Diagnosis, Failure, chain, classify
 from autobatch.devices.prediction import Predictions, conditions_of, predictions
+from autobatch.devices.timing import WARM_UP, Timing, timed
 from autobatch.errors import DevicePoisoned, DeviceUnavailable, NothingFits, NotTraceable, WorkloadNotPortable, add_note
 from autobatch.trial import DeviceInfo, Trial, Verdict
 from autobatch.units import format_bytes
@@ -132,7 +134,7 @@ class CudaDevice:
             stack.callback(self._free)
             self._enter_preserved(stack, step, budget_bytes)
             stack.callback(self._memory.set_fraction, self._memory.fraction())  # before the state needs its room again
-            yield lambda sizes, thorough=False: self._run(step, sizes, budget_bytes)
+            yield lambda sizes, thorough=False, timing=None: self._run(step, sizes, budget_bytes, timing)
 
     def _predict(self, stack: ExitStack, step: TrainingStep) -> None:
         """Have a prediction for the search to start from. It is no more than that: where there is none, the search
@@ -175,7 +177,7 @@ class CudaDevice:
                 budget_bytes=budget_bytes,
             )
 
-    def _run(self, step: TrainingStep, sizes: tuple[int, ...], budget_bytes: int) -> Trial:
+    def _run(self, step: TrainingStep, sizes: tuple[int, ...], budget_bytes: int, timing: Timing | None) -> Trial:
         started = time.perf_counter()
         predicted = self._predicted_for(sizes)
         progress = _Progress(self._memory, sizes, partial(gradient_bytes, step.model))
@@ -184,7 +186,7 @@ class CudaDevice:
         self._memory.reset_peaks()
         retries_before = self._memory.retries()
         with preserved(step, tensors=False):  # each trial begins with the same optimizer state and random numbers
-            diagnosis = self._attempt(step, sizes, progress)
+            diagnosis = self._attempt(step, sizes, progress, timing)
         if diagnosis is not None:
             self._free(2)
             self._memory.synchronize()  # a failed kernel may have passed for a lack of memory
@@ -215,14 +217,20 @@ class CudaDevice:
             samples=progress.samples,
             seconds=time.perf_counter() - started,
             step_seconds=progress.step_seconds,
+            repeated_seconds=progress.repeated_seconds,
             detail=detail,
         )
 
-    def _attempt(self, step: TrainingStep, sizes: tuple[int, ...], progress: _Progress) -> Diagnosis | None:
+    def _attempt(
+        self, step: TrainingStep, sizes: tuple[int, ...], progress: _Progress, timing: Timing | None
+    ) -> Diagnosis | None:
         """Run the trial's steps, and say why memory ran out, if it did. Nothing of a failed step outlives this call."""
         outside = sys.exc_info()[1]
         try:
             with torch.inference_mode(False), torch.enable_grad():
+                if timing is not None:
+                    self._time(step, sizes, progress, timing)
+                    return None
                 runner = StepRunner(step, self._memory.device)
                 progress.step = "the warm-up step"
                 runner.run((max(sizes),), progress)
@@ -246,6 +254,26 @@ class CudaDevice:
             for link in chain(error, outside):  # whoever else holds the error holds no tensors by it
                 traceback.clear_frames(link.__traceback__)
             return diagnosis
+
+    def _time(self, step: TrainingStep, sizes: tuple[int, ...], progress: _Progress, timing: Timing) -> None:
+        # Each size's batch is made once: the GPU would wait for the others.
+        runner = StepRunner(replace(step, make_batch=lru_cache(step.make_batch)), self._memory.device)
+        enter = partial(setattr, progress, "phase")
+
+        def run_step() -> float:
+            seconds = self._memory.seconds_of(lambda: losses.append(runner.run_unread(sizes, enter)))
+            progress.samples += sum(sizes)
+            return seconds
+
+        losses: list[torch.Tensor] = []
+        progress.step = "the warm-up step"
+        runner.run(sizes[:WARM_UP], enter)
+        self._memory.synchronize()
+        self._cap_allocator()
+        progress.step = "a timed step"
+        progress.repeated_seconds = timed(run_step, timing)
+        progress.step_seconds = statistics.median(progress.repeated_seconds)
+        progress.loss = float(losses[-1])
 
     def _cap_allocator(self) -> None:
         """Let the allocator reserve what the limit leaves beside the context, as a smaller card would."""
@@ -296,6 +324,7 @@ class _Progress:
     turn_allocated: int = 0
     """Bytes in live tensors at the latest turn from forward to backward."""
     step_seconds: float | None = None
+    repeated_seconds: tuple[float, ...] = ()
     loss: float = 0.0
     _micro_batch: int = 0
     _at_rest: int | None = None

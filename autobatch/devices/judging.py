@@ -46,6 +46,7 @@ def judge(outcome: Outcome, sizes: tuple[int, ...], budget_bytes: int, limit_byt
         samples=outcome.samples,
         seconds=outcome.seconds,
         step_seconds=outcome.step_seconds,
+        repeated_seconds=outcome.repeated_seconds,
         detail=detail,
     )
 

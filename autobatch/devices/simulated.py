@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from autobatch.devices.base import RunTrial, limit_too_high
 from autobatch.devices.target import Target
+from autobatch.devices.timing import Timing
+from autobatch.errors import InvalidInput
 from autobatch.prediction.predictor import Predictor
 from autobatch.trial import DeviceInfo, Trial, Verdict
 
@@ -80,9 +82,13 @@ class SimulatedDevice:
             predictor = Predictor(steps, self.target.conditions)
             self.predicted = lambda sizes: self.context_bytes + predictor.need(sizes).capacity_bytes
             self.warnings.extend((*precision_warnings(self.target, step.in_bf16), *steps.warnings))
-            yield lambda sizes, thorough=False: self._run(predictor, sizes, budget_bytes)
+            yield lambda sizes, thorough=False, timing=None: self._run(predictor, sizes, budget_bytes, timing)
 
-    def _run(self, predictor: Predictor, sizes: tuple[int, ...], budget_bytes: int) -> Trial:
+    def _run(self, predictor: Predictor, sizes: tuple[int, ...], budget_bytes: int, timing: Timing | None) -> Trial:
+        if timing is not None:
+            raise InvalidInput(
+                f"how fast a step is cannot be predicted, and {self.info.name} is not here. Run this where it is."
+            )
         started = time.perf_counter()
         need = predictor.need(sizes)
         context = self.context_bytes

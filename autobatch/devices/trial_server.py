@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import statistics
 import sys
 import time
 import traceback
@@ -24,9 +25,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from autobatch.child import die_with, pipe_from
 from autobatch.devices import process_memory
+from autobatch.devices.timing import WARM_UP, Timing, timed
 
 if TYPE_CHECKING:
     from autobatch.devices.oom import Diagnosis
+    from autobatch.workload.runner import StepRunner
     from autobatch.workload.step import TrainingStep
 
 
@@ -70,6 +73,8 @@ class Request:
     """A peak above this has failed, and need not settle."""
     settling: Settling | None = None
     """None: one step tells enough."""
+    timing: Timing | None = None
+    """The measured step is repeated and timed, and need not settle: it runs more often than that."""
     heap: int = 0
     """Which heap to start from: 0 as it is after loading, others disturbed, each in its own way."""
 
@@ -82,6 +87,7 @@ class Outcome:
     """What was pushed into the model, also where that failed."""
     seconds: float = 0.0
     step_seconds: float | None = None
+    repeated_seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None
     rest_bytes: int | None = None
     turn_bytes: int | None = None
@@ -118,6 +124,8 @@ class _Progress:
     """The most bytes held as a phase began."""
     settling_seconds: float = 0.0
     """Spent on micro-batches that are no part of the step asked for."""
+    batch_seconds: float = 0.0
+    """Spent on making batches."""
     started: float = field(default_factory=time.perf_counter)
     _at_rest: int | None = None
     """Bytes in use as the step began."""
@@ -253,9 +261,14 @@ def _steps(step: TrainingStep, request: Request, progress: _Progress) -> Outcome
 
     def make_batch(samples: int) -> Any:
         progress.samples += samples
-        return step.make_batch(samples)
+        began = time.perf_counter()
+        batch = step.make_batch(samples)
+        progress.batch_seconds += time.perf_counter() - began
+        return batch
 
     runner = StepRunner(replace(step, make_batch=make_batch))
+    if request.timing is not None:
+        return _timed_steps(runner, request.sizes, request.timing, progress)
     *_, largest = request.sizes
     whole = len(request.sizes) == 1
 
@@ -278,6 +291,26 @@ def _steps(step: TrainingStep, request: Request, progress: _Progress) -> Outcome
         rest_bytes=progress.rest_bytes,
         turn_bytes=progress.turn_bytes,
         loss=loss,
+    )
+
+
+def _timed_steps(runner: StepRunner, sizes: tuple[int, ...], timing: Timing, progress: _Progress) -> Outcome:
+    def enter(phase: str) -> None:
+        progress.phase = phase  # looking at memory takes time
+
+    def run_step() -> float:
+        began, batches = time.perf_counter(), progress.batch_seconds
+        runner.run(sizes, enter)
+        return time.perf_counter() - began - (progress.batch_seconds - batches)
+
+    runner.run(sizes[:WARM_UP], progress.enter)
+    seconds = timed(run_step, timing)
+    return Outcome(
+        samples=progress.samples,
+        seconds=time.perf_counter() - progress.started,
+        step_seconds=statistics.median(seconds),
+        repeated_seconds=seconds,
+        peak_bytes=process_memory.peak_data_bytes(progress.most_seen),
     )
 
 

@@ -37,6 +37,11 @@ def _header(plan: TrainingPlan) -> list[str]:
         "    compute_loss(model, micro) is the mean loss over the samples of one micro-batch, such as",
         f'        x, y = (part.to("{_device(plan)}") for part in micro)',
         "        return torch.nn.functional.cross_entropy(model(x), y)",
+        *(
+            ["    Before the first epoch, plan.apply(model, optimizer) sets the knobs of the plan."]
+            if plan.knobs
+            else []
+        ),
         '    """',
     ]
 

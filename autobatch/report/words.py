@@ -7,6 +7,7 @@ from itertools import groupby
 
 from autobatch.plan import TrainingPlan
 from autobatch.trial import DeviceInfo, Trial
+from autobatch.tuned import Throughput
 from autobatch.units import format_bytes
 
 
@@ -57,15 +58,24 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
     reserve = int(plan.limit_bytes * (1 - plan.headroom)) - plan.budget_bytes
     if reserve > 0:
         less += f" and {format_bytes(reserve)} for what trials do not hold"
+    knobs = ", ".join(f"{name}={value}" for name, value in plan.knobs.items())
     return [
         ("peak", f"{format_bytes(plan.peak_bytes)}, {plan.peak_bytes / plan.budget_bytes:.0%} of the budget"),
         ("budget", f"{format_bytes(plan.budget_bytes)}: {format_bytes(plan.limit_bytes)} less {less}"),
         ("largest", largest),
         ("evidence", _evidence(plan)),
         ("precision", plan.precision),
+        *([("speed", _speed(plan.throughput))] if plan.throughput else []),
+        *([("knobs", f"{knobs}; plan.apply(model, optimizer) sets them")] if knobs else []),
         ("device", device_in_words(plan.device)),
         ("versions", ", ".join(f"{name} {version}" for name, version in plan.versions.items()) or "unknown"),
     ]
+
+
+def _speed(throughput: Throughput) -> str:
+    text = f"{throughput.samples_per_second:.4g} samples per second"
+    plain = throughput.plain_samples_per_second
+    return text if plain is None else f"{text}, {throughput.samples_per_second / plain:.2f} × without knobs"
 
 
 def _evidence(plan: TrainingPlan) -> str:

@@ -46,21 +46,21 @@ def preserved(*objects: Any, tensors: bool = True, device: torch.device | None =
     undo = ExitStack()
     try:
         try:
-            with _sigint_deferred():
+            with sigint_deferred():
                 _keep_rng(undo)
                 _keep_settings(undo)
                 _keep_objects(undo, reach(objects), tensors or device is not None, device)
             yield
         finally:
-            with _sigint_deferred():
+            with sigint_deferred():
                 undo.close()
     finally:  # a Ctrl-C that struck before the shield was up; nothing is left to do otherwise
-        with _sigint_deferred():
+        with sigint_deferred():
             undo.close()
 
 
 @contextmanager
-def _sigint_deferred() -> Iterator[None]:
+def sigint_deferred() -> Iterator[None]:
     """Hold Ctrl-C back until the end of the block. Only the main thread receives it."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield

@@ -1,0 +1,1 @@
+"""Tuning: the fastest way to a target, by knobs that trade memory for time."""
