@@ -64,6 +64,17 @@ class Deep(nn.Module):
     def set_grad_checkpointing(self, enable=True):
         self.recompute = enable
 
+class Faulty(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        raise ValueError("a bug of its own")
+
+def faulty():
+    return Workload(Faulty(), lambda n: torch.randn(n, 4))
+
 def dies():
     import os, signal, subprocess
     subprocess.Popen(["sleep", "100"], close_fds=False)
@@ -211,6 +222,7 @@ def test_cases_that_fail_are_told_in_a_line_each_and_the_others_run(project: Pat
         '{ name = "size", spec = "train.py:make", batch_size = "many", device = "rtx-4090" }',
         '{ name = "switch", spec = "train.py:make", batch_size = 2, device = "rtx-4090", checkpointing = true }',
         '{ name = "here", spec = "train.py:make", batch_size = 2, device = "cuda" }',
+        '{ name = "faulty", spec = "train.py:faulty", batch_size = 2, device = "t4" }',
     ]
     configure(project, CASE % "", *failing)
     check("--update", "net")
@@ -222,6 +234,8 @@ def test_cases_that_fail_are_told_in_a_line_each_and_the_others_run(project: Pat
     assert "KeyError: 'no such layer'" in found["broken"]["problem"]
     assert "train.py line 21" in found["broken"]["problem"]
     assert "sparse gradients" in found["sparse"]["problem"]
+    assert "a bug of its own" in found["faulty"]["problem"]
+    assert check("faulty").exit_code == 3
     assert "rtx-9999" in found["card"]["problem"]
     assert "batch_size must be a whole number of at least 1, but is 'many'" in found["size"]["problem"]
     assert "no switch for activation checkpointing" in found["switch"]["problem"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autobatch.child import Child, die_with, pipe_from
-from autobatch.errors import AutobatchError, NothingFits, in_one_line
+from autobatch.errors import AutobatchError, InputsNotInferred, NothingFits, in_one_line
 from autobatch.regression.cases import Case
 from autobatch.regression.record import Record, Settings, record_of
 
@@ -127,7 +127,12 @@ def run_here(case: Case) -> Record:
         accumulation=case.accumulation,
         device=case.device,
     )
-    return record_of(step_on(case.device, workload, case.batch_size, case.accumulation), settings)
+    try:
+        return record_of(step_on(case.device, workload, case.batch_size, case.accumulation), settings)
+    except InputsNotInferred as error:
+        if workload.data is not None:  # the inputs are the user's, so that what fails on them is the model
+            error.exit_code = MODEL_FAILED
+        raise
 
 
 def _failure(error: BaseException) -> Failure:

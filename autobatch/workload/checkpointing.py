@@ -10,13 +10,16 @@ from autobatch.errors import InvalidInput
 def switch_checkpointing(model: nn.Module, on: bool) -> None:
     """Have a model recompute its activations in the backward pass, or keep them.
 
-    Hugging Face's models have `gradient_checkpointing_enable()`, and timm's `set_grad_checkpointing()`.
+    Hugging Face's models have `activation_checkpointing_enable()` (`gradient_checkpointing_enable()` before
+    transformers 5), and timm's `set_grad_checkpointing()`.
 
     Raises:
         InvalidInput: the model has no such switch.
     """
     of_timm = getattr(model, "set_grad_checkpointing", None)
-    of_huggingface = getattr(model, f"gradient_checkpointing_{'enable' if on else 'disable'}", None)
+    verb = "enable" if on else "disable"
+    older = getattr(model, f"gradient_checkpointing_{verb}", None)
+    of_huggingface = getattr(model, f"activation_checkpointing_{verb}", older)
     if callable(of_timm):
         of_timm(on)
     elif callable(of_huggingface):
