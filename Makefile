@@ -22,7 +22,7 @@ demo: $(STAMP)-base  ## make a training plan for a small GPT from this machine's
 # One thread for each of several workers: OpenMP's threads spin while they wait, so that two processes with two threads
 # each take three times as long on two cores.
 test: $(STAMP)-test  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
 proof: $(STAMP)-test  ## prove answers at the edge of memory in fresh processes (minutes)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -3,6 +3,8 @@
 import pytest
 from torchrun import torchrun
 
+pytestmark = pytest.mark.xdist_group("sharded")  # so that one worker starts the ranks, for all that look at them
+
 IMPORTS = """
 import resource
 from torch import nn

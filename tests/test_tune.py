@@ -244,7 +244,7 @@ def test_after_a_kill_no_finished_configuration_is_repeated(tmp_path) -> None:
     assert len(started) == len(set(started))
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("journal", marks=pytest.mark.slow)])
 def test_processes_share_a_study_without_doing_anything_twice(tmp_path, kind: str) -> None:
     storage = {
         "sqlite": repr(f"sqlite:///{tmp_path}/study.db"),
