@@ -16,6 +16,13 @@ dist.init_process_group("gloo", timeout=datetime.timedelta(seconds={timeout}))
 rank, ranks = dist.get_rank(), dist.get_world_size()
 """
 
+LAST = """
+import os
+out.close()
+dist.destroy_process_group()
+os._exit(0)  # gloo's threads are sometimes not joined where the interpreter ends, which then aborts
+"""
+
 
 def torchrun(
     folder: Path, count: int, imports: str = "", timeout: float = 1800, **programs: str
@@ -29,7 +36,7 @@ def torchrun(
     for name, program in programs.items():
         source += f"\nout = open(f'{folder}/{name}{{rank}}', 'w', buffering=1)\n" + textwrap.dedent(program)
     script = folder / "program.py"
-    script.write_text(source + "\ndist.destroy_process_group()\n")
+    script.write_text(source + LAST)
     command = [
         sys.executable,
         "-m",
